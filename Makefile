@@ -1,0 +1,30 @@
+# Five verbs. Each installs what it needs into .venv first; nothing else has to be done by hand.
+PORT ?= 8000
+SANDBOX_DATABASE = sqlite:///$(CURDIR)/instance/sandbox.db
+BIN = .venv/bin
+
+.PHONY: run test check bench clean
+.DEFAULT_GOAL := run
+
+run: ## Serve fal if FAL_KEY is set, else the built-in simulator with an account to try it with.
+	@tools/bootstrap requirements.txt
+	@if [ -n "$$FAL_KEY" ]; then exec $(BIN)/abhiapi serve --bind 127.0.0.1:$(PORT); \
+	else export ABHIAPI_DATABASE_URL="$${ABHIAPI_DATABASE_URL:-$(SANDBOX_DATABASE)}"; \
+	exec $(BIN)/abhiapi serve --sandbox --demo --bind 127.0.0.1:$(PORT); fi
+
+test: check ## Everything that has to be true, with coverage of the money modules.
+	$(BIN)/python -m pytest --cov --cov-report=
+	$(BIN)/python -m coverage report --include='abhiapi/money.py,abhiapi/estimates.py,abhiapi/pricing.py,abhiapi/metering.py,abhiapi/ledger.py' --fail-under=100
+
+check: ## Formatting, lint and types.
+	@tools/bootstrap requirements-dev.txt
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: ## This proxy, nginx and the official fal proxy side by side (see bench/RESULTS.md).
+	@tools/bootstrap requirements-dev.txt
+	$(BIN)/python bench/run.py
+
+clean: ## Remove what the other verbs made, but never the databases in instance/.
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -1,0 +1,145 @@
+"""`ledger verify`: recounts everything that is kept twice, and says in a sentence where two counts differ.
+
+Reads one snapshot in bounded memory, so it runs while the server serves. The entries and calls are the truth;
+balances, holds, chains and roll-ups are checked against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from sqlalchemy import text
+
+from abhiapi import reports
+from abhiapi.db import Tx
+from abhiapi.ids import call_text, entry_text
+from abhiapi.ledger import entry_hash
+from abhiapi.money import credits_text
+
+PROBLEMS_MAX = 100
+PROGRESS_EVERY = 50_000
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    accounts: int
+    entries: int
+    problems: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+_ACCOUNTS = text(
+    "SELECT account_id, name, balance_micros, held_micros, last_seq, last_hash FROM accounts ORDER BY account_id"
+)
+_HELD = text(
+    "SELECT account_id, SUM(held_micros) FROM calls WHERE state IN ('held', 'sent', 'unknown') GROUP BY account_id"
+)
+# Each row of these is a problem: (account_id or call_id, left, right).
+_CHARGES_WITHOUT_ENTRY = text(
+    "SELECT c.call_id, c.charged_micros, COALESCE(-e.amount_micros, 0) FROM calls c"
+    " LEFT JOIN entries e ON e.call_id = c.call_id AND e.kind = 'charge'"
+    " WHERE c.charged_micros <> COALESCE(-e.amount_micros, 0) OR (e.account_id <> c.account_id)"
+)
+_ENTRIES_WITHOUT_CHARGE = text(
+    "SELECT e.call_id, -e.amount_micros, c.charged_micros FROM entries e"
+    " LEFT JOIN calls c ON c.call_id = e.call_id WHERE e.kind = 'charge' AND c.call_id IS NULL"
+)
+_REFUNDS = text(
+    "SELECT e.call_id, SUM(e.amount_micros), MAX(c.refunded_micros) FROM entries e"
+    " JOIN calls c ON c.call_id = e.call_id WHERE e.kind = 'refund' GROUP BY e.call_id"
+    " HAVING SUM(e.amount_micros) <> MAX(c.refunded_micros)"
+)
+_REFUNDED_WITHOUT_ENTRY = text(
+    "SELECT call_id, refunded_micros, 0 FROM calls WHERE refunded_micros > 0 AND call_id NOT IN"
+    " (SELECT call_id FROM entries WHERE kind = 'refund')"
+)
+_ROLL_UPS = text(
+    "SELECT account_id, day, model, key_id, SUM(calls), SUM(charged), SUM(cost) FROM ("
+    " SELECT c.account_id, c.finished_at / 86400000 AS day, p.model, c.key_id, 1 AS calls,"
+    "  c.charged_micros - c.refunded_micros AS charged, COALESCE(c.fal_cost_nano_usd, 0) AS cost"
+    "  FROM calls c JOIN price_versions p ON p.price_id = c.price_id WHERE c.state IN ('settled', 'released')"
+    " UNION ALL"
+    " SELECT account_id, day, model, key_id, -calls, -charged_micros, -fal_cost_nano_usd FROM usage_daily"
+    ") GROUP BY account_id, day, model, key_id HAVING SUM(calls) <> 0 OR SUM(charged) <> 0 OR SUM(cost) <> 0"
+)
+
+
+def verify(tx: Tx, *, progress: Callable[[int], None] = lambda entries: None) -> Finding:
+    """Recount the whole ledger. ``progress`` hears of the entries read so far."""
+    problems: list[str] = []
+    count = 0
+    chain = _Chain()
+    for row, _name in reports.all_entries(tx):
+        problems.extend(chain.follow(row))
+        count += 1
+        if count % PROGRESS_EVERY == 0:
+            progress(count)
+        if len(problems) > PROBLEMS_MAX:
+            break
+    accounts = list(tx.each(_ACCOUNTS))
+    problems.extend(_account_problems(accounts, chain, dict(tx.all(_HELD))))
+    problems.extend(_call_problems(tx))
+    return Finding(len(accounts), count, problems[:PROBLEMS_MAX])
+
+
+class _Chain:
+    """Follows the entries of one account after the other; keeps the end of each account's chain."""
+
+    def __init__(self) -> None:
+        self.ends: dict[int, tuple[int, int, bytes]] = {}  # account -> (sum, seq, hash)
+
+    def follow(self, row: reports.EntryRow) -> Iterator[str]:
+        balance, seq, previous = self.ends.get(row.account_id, (0, 0, b""))
+        name = entry_text(row.account_id, row.seq)
+        balance += row.amount_micros
+        if row.seq != seq + 1:
+            yield f"{name} follows number {seq}: an entry is missing"
+        if row.balance_after_micros != balance:
+            yield f"{name} says a balance of {credits_text(row.balance_after_micros)}, the sum is {credits_text(balance)}"
+        expected = entry_hash(
+            previous,
+            row.account_id,
+            row.seq,
+            row.kind,
+            row.amount_micros,
+            row.balance_after_micros,
+            row.call_id,
+            row.ref,
+            row.note,
+            row.created_at,
+        )
+        if row.hash != expected:
+            yield f"{name} does not match its hash: it or an entry before it was changed"
+        self.ends[row.account_id] = (balance, row.seq, row.hash)
+
+
+def _account_problems(accounts: list[tuple[object, ...]], chain: _Chain, held: dict[int, int]) -> Iterator[str]:
+    for account_id, name, balance, held_micros, last_seq, last_hash in accounts:
+        total, seq, end = chain.ends.get(account_id, (0, 0, b""))  # type: ignore[call-overload]
+        if balance != total:
+            yield f"account {name!r}: balance {credits_text(int(str(balance)))}, sum of entries {credits_text(total)}"
+        if (last_seq, last_hash) != (seq, end):
+            yield f"account {name!r}: its chain ends at entry {seq}, its head says {last_seq}"
+        open_holds = held.get(account_id, 0)  # type: ignore[call-overload]
+        if held_micros != open_holds:
+            yield f"account {name!r}: held {credits_text(int(str(held_micros)))}, open calls hold {credits_text(open_holds)}"
+
+
+def _call_problems(tx: Tx) -> Iterator[str]:
+    for statement, left, right in (
+        (_CHARGES_WITHOUT_ENTRY, "charged", "its entry says"),
+        (_ENTRIES_WITHOUT_CHARGE, "has an entry of", "its call says"),
+        (_REFUNDS, "has refund entries of", "its call says"),
+        (_REFUNDED_WITHOUT_ENTRY, "is refunded", "its entries say"),
+    ):
+        for call_id, one, other in tx.each(statement):
+            yield f"{call_text(call_id)} {left} {credits_text(one)}, {right} {credits_text(other or 0)}"
+    for account_id, day, model, key_id, calls, charged, cost in tx.each(_ROLL_UPS):
+        yield (
+            f"roll-up of account {account_id}, day {day}, {model}, key {key_id} differs from its calls by "
+            f"{calls} calls, {credits_text(charged)} credits, {cost} nano-USD"
+        )

@@ -1,0 +1,292 @@
+"""Calls: a row for each request to fal, and the one table of how its state may move.
+
+A call's hold is taken by `admit` and ended by `finish`, each inside the caller's transaction; every move is a
+conditional UPDATE whose row count is looked at, so of two that race one wins and the other is told (`CallEnded`).
+
+    held ----> settled | released | unknown        (sync and stream)
+    held ----> sent ----> settled | released | unknown      (queue)
+    unknown -> settled | released                  (the operator, or fal's billing events)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from sqlalchemy import ColumnElement, bindparam, insert, literal_column, select, update
+
+from abhiapi import ledger, tables
+from abhiapi.db import Tx
+from abhiapi.errors import NotFound, Refused
+from abhiapi.ids import call_text
+from abhiapi.metering import Verdict
+from abhiapi.money import Micros, credits_text
+
+Mode = Literal["sync", "stream", "queue"]
+State = Literal["held", "sent", "unknown", "settled", "released"]
+
+MOVES: Mapping[State, frozenset[State]] = {
+    "held": frozenset(("sent", "unknown", "settled", "released")),
+    "sent": frozenset(("unknown", "settled", "released")),
+    "unknown": frozenset(("settled", "released")),
+    "settled": frozenset(),
+    "released": frozenset(),
+}
+OPEN: tuple[State, ...] = ("held", "sent", "unknown")
+MS_PER_DAY = 86_400_000
+BatchOp = Callable[[Tx], int]
+
+_c = tables.calls.c
+_p = tables.price_versions.c
+_u = tables.usage_daily.c
+
+_ADMIT = insert(tables.calls).values(
+    {
+        name: bindparam(name)
+        for name in ["call_id", "account_id", "key_id", "price_id", "process_id", "mode", "state", "held_micros", "deadline_at", "created_at", "charged_micros", "refunded_micros"]
+    }
+)
+
+
+def _in(*states: State) -> ColumnElement[bool]:
+    """The states as literals: SQLite uses a partial index only where its condition stands in the query as it is."""
+    return _c.state.in_([literal_column(f"'{state}'") for state in states])
+
+
+def _sources(target: State) -> tuple[State, ...]:
+    return tuple(state for state, targets in MOVES.items() if target in targets)
+
+
+_FINISH = {
+    target: update(tables.calls)
+    .where(_c.call_id == bindparam("call"), _in(*_sources(target)))
+    .values(
+        {
+            name: bindparam(name)
+            for name in ["state", "charged_micros", "http_status", "units", "usage_source", "fal_request_id", "fal_cost_nano_usd", "reason", "finished_at"]
+        }
+    )
+    for target in ("settled", "released", "unknown")
+}
+_COUNT_USAGE = (
+    update(tables.usage_daily)
+    .where(
+        _u.account_id == bindparam("account"),
+        _u.day == bindparam("on_day"),
+        _u.model == bindparam("of_model"),
+        _u.key_id == bindparam("key"),
+    )
+    .values(
+        calls=_u.calls + bindparam("more_calls"),
+        charged_micros=_u.charged_micros + bindparam("more_micros"),
+        fal_cost_nano_usd=_u.fal_cost_nano_usd + bindparam("more_nano_usd"),
+    )
+)
+_FIRST_USAGE = insert(tables.usage_daily).values(
+    {column.name: bindparam(column.name) for column in tables.usage_daily.c}
+)
+_OPEN_CALL = (
+    select(_c.call_id, _c.account_id, _c.key_id, _p.model, _c.held_micros, _c.state, _c.reason)
+    .join_from(tables.calls, tables.price_versions, _c.price_id == _p.price_id)
+    .where(_c.call_id == bindparam("call"))
+)
+_REFUND = (
+    update(tables.calls)
+    .where(_c.call_id == bindparam("call"), _c.charged_micros - _c.refunded_micros >= bindparam("amount"))
+    .values(refunded_micros=_c.refunded_micros + bindparam("amount"))
+)
+_CHARGED = (
+    select(_c.account_id, _c.key_id, _p.model, _c.charged_micros, _c.refunded_micros, _c.finished_at, _c.state)
+    .join_from(tables.calls, tables.price_versions, _c.price_id == _p.price_id)
+    .where(_c.call_id == bindparam("call"))
+)
+_OVERDUE = (
+    select(_c.call_id, _c.account_id, _c.key_id, _p.model, _c.held_micros)
+    .join_from(tables.calls, tables.price_versions, _c.price_id == _p.price_id)
+    .where(_in(*OPEN), _c.state == "held", _c.deadline_at < bindparam("now"))
+    .limit(bindparam("most"))
+)
+_OF_PROCESS = (
+    select(_c.call_id, _c.account_id, _c.key_id, _p.model, _c.held_micros)
+    .join_from(tables.calls, tables.price_versions, _c.price_id == _p.price_id)
+    .where(_in(*OPEN), _c.state == "held", _c.process_id == bindparam("process"))
+    .limit(bindparam("most"))
+)
+_HOLDING = select(_c.process_id).where(_in(*OPEN), _c.state == "held").distinct()
+
+
+class CallEnded(Refused):
+    """The call's hold had already ended: somebody else was faster, and nothing was changed."""
+
+    type = "call_ended"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenCall:
+    """What is needed to end a call's hold."""
+
+    call_id: int
+    account_id: int
+    key_id: int
+    model: str
+    held_micros: Micros
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A call on its way in: who pays, what for, and how long its hold may stand."""
+
+    call: OpenCall
+    price_id: int
+    process_id: int
+    mode: Mode
+    deadline_at: int
+    created_at: int
+
+
+def admit(tx: Tx, admission: Admission) -> None:
+    """Hold the credit and write the call. Raises what `ledger.hold` raises, with nothing written."""
+    call = admission.call
+    ledger.hold(tx, call.account_id, call.held_micros)
+    tx.run(
+        _ADMIT,
+        call_id=call.call_id,
+        account_id=call.account_id,
+        key_id=call.key_id,
+        price_id=admission.price_id,
+        process_id=admission.process_id,
+        mode=admission.mode,
+        state="held",
+        held_micros=call.held_micros,
+        deadline_at=admission.deadline_at,
+        created_at=admission.created_at,
+        charged_micros=0,
+        refunded_micros=0,
+    )
+
+
+def finish(
+    tx: Tx,
+    call: OpenCall,
+    verdict: Verdict,
+    *,
+    now_ms: int,
+    http_status: int | None = None,
+    fal_request_id: str | None = None,
+    usage_source: str | None = None,
+) -> Micros:
+    """End a call's hold by its verdict, once; the account's balance afterwards.
+
+    ``unknown`` is no end: the hold stands and the operator is asked. Raises `CallEnded` when the hold had already
+    ended. ``usage_source`` overrides the verdict's (the operator's word).
+    """
+    changed = tx.run(
+        _FINISH[verdict.end],
+        call=call.call_id,
+        state=verdict.end,
+        charged_micros=verdict.charge_micros,
+        http_status=http_status,
+        units=verdict.units,
+        usage_source=usage_source or verdict.usage_source,
+        fal_request_id=fal_request_id,
+        fal_cost_nano_usd=verdict.fal_cost_nano_usd,
+        reason=verdict.reason,
+        finished_at=None if verdict.end == "unknown" else now_ms,
+    )
+    if changed != 1:
+        raise CallEnded(f"the hold of {call_text(call.call_id)} has already ended: nothing was changed")
+    if verdict.end == "unknown":
+        return ledger.balance_micros(tx, call.account_id)
+    _count(tx, call.account_id, call.key_id, call.model, now_ms, 1, verdict.charge_micros, verdict.fal_cost_nano_usd)
+    return ledger.charge(
+        tx, call.account_id, call.call_id, verdict.charge_micros, held_micros=call.held_micros, now_ms=now_ms
+    )
+
+
+def refund(tx: Tx, call_id: int, amount_micros: Micros | None, *, now_ms: int) -> ledger.Entry:
+    """Give back a call's charge, wholly or in part, never more than was charged. Raises `NotFound`, `Refused`."""
+    row = tx.one(_CHARGED, call=call_id)
+    if row is None:
+        raise NotFound(f"no call has the id {call_text(call_id)}")
+    account_id, key_id, model, charged, refunded, finished_at, _state = row
+    amount = Micros(charged - refunded) if amount_micros is None else amount_micros
+    if amount <= 0 or tx.run(_REFUND, call=call_id, amount=amount) != 1:
+        raise Refused(
+            f"{call_text(call_id)} was charged {credits_text(charged)} credits, of which {credits_text(refunded)} are "
+            f"already refunded: {credits_text(amount) if amount > 0 else 'nothing'} cannot be refunded"
+        )
+    _count(tx, account_id, key_id, model, finished_at, 0, Micros(-amount), 0)
+    return ledger.append(tx, account_id, "refund", amount, now_ms=now_ms, call_id=call_id)
+
+
+def ended_as(tx: Tx, call_id: int) -> tuple[Micros, Micros]:
+    """What an ended call was charged, and its account's balance now."""
+    row = tx.one(_CHARGED, call=call_id)
+    if row is None:
+        raise NotFound(f"no call has the id {call_text(call_id)}")
+    return Micros(row[3]), ledger.balance_micros(tx, row[0])
+
+
+def open_call(tx: Tx, call_id: int) -> OpenCall:
+    """An open call by its id, for the operator's word on it. Raises `NotFound`, `CallEnded`."""
+    row = tx.one(_OPEN_CALL, call=call_id)
+    if row is None:
+        raise NotFound(f"no call has the id {call_text(call_id)}")
+    if row[5] not in OPEN:
+        raise CallEnded(f"the hold of {call_text(call_id)} has already ended as {row[5]}: nothing was changed")
+    return OpenCall(*row[:5])
+
+
+def overdue(tx: Tx, *, now_ms: int, most: int) -> list[OpenCall]:
+    """Held calls past their deadline: no answer can come any more."""
+    return _open_calls(tx.all(_OVERDUE, now=now_ms, most=most))
+
+
+def of_process(tx: Tx, process_id: int, *, most: int) -> list[OpenCall]:
+    """Held calls of a process, to be ended when it is gone."""
+    return _open_calls(tx.all(_OF_PROCESS, process=process_id, most=most))
+
+
+def holding_processes(tx: Tx) -> list[int]:
+    """Processes that have held calls."""
+    return [row[0] for row in tx.all(_HOLDING)]
+
+
+def _open_calls(rows: Iterable[tuple[object, ...]]) -> list[OpenCall]:
+    return [OpenCall(*row) for row in rows]  # type: ignore[arg-type]
+
+
+def _count(
+    tx: Tx,
+    account_id: int,
+    key_id: int,
+    model: str,
+    finished_at: int,
+    calls: int,
+    charged_micros: Micros,
+    fal_cost_nano_usd: int | None,
+) -> None:
+    """Roll a movement up into the day on which its call ended, so that reports never read the calls."""
+    day, cost = finished_at // MS_PER_DAY, fal_cost_nano_usd or 0
+    changed = tx.run(
+        _COUNT_USAGE,
+        account=account_id,
+        on_day=day,
+        of_model=model,
+        key=key_id,
+        more_calls=calls,
+        more_micros=charged_micros,
+        more_nano_usd=cost,
+    )
+    if changed == 0:
+        tx.run(
+            _FIRST_USAGE,
+            account_id=account_id,
+            day=day,
+            model=model,
+            key_id=key_id,
+            calls=calls,
+            charged_micros=charged_micros,
+            fal_cost_nano_usd=cost,
+        )

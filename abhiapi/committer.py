@@ -1,0 +1,197 @@
+"""The single writer of a serving process: gathers small operations into one durable transaction (group commit).
+
+Greenlets hand over an operation and wait. A writer greenlet runs what has gathered, each operation behind a
+savepoint of its own, so that one that fails takes no neighbour with it, and commits in a native thread with
+``synchronous=FULL``. A greenlet learns the outcome only after the commit: whoever was told of a write still has it
+after a power cut. Statements run in the event loop (they touch memory, some 10 microseconds each); the disk is
+waited for in the thread, and another process's lock is waited for without blocking, by trying again.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, TypeVar
+
+import gevent
+from gevent.event import Event
+from gevent.threadpool import ThreadPool
+
+from abhiapi.db import Busy, Database, Tx, file_identity, is_trouble, marked, translated
+from abhiapi.errors import DatabaseUnavailable
+
+T = TypeVar("T")
+
+GROUP_MAX = 256  # operations in one transaction; keeps a commit short whatever has queued up
+RETRY_FIRST_S, RETRY_MAX_S = 0.001, 0.05
+
+
+class _Ticket:
+    """One operation on its way: what to run, until when to try, and what came of it."""
+
+    __slots__ = ("deadline", "done", "error", "op", "result")
+
+    def __init__(self, op: Callable[[Tx], Any], deadline: float) -> None:
+        self.op = op
+        self.deadline = deadline
+        self.done = Event()
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+
+class GroupCommitter:
+    """Runs writes for many greenlets. `write` is the same call that `Database.write` offers to the command line."""
+
+    def __init__(self, database: Database, *, on_group: Callable[[int], None] | None = None) -> None:
+        self._database = database
+        self._on_group = on_group or (lambda size: None)
+        self._waiting: deque[_Ticket] = deque()
+        self._wake = Event()
+        self._thread = ThreadPool(1)
+        self._connection: sqlite3.Connection | None = None
+        self._tx: Tx | None = None
+        self._file: tuple[int, int] | None = None
+        self._greenlet = gevent.spawn(self._run)
+
+    def write(self, op: Callable[[Tx], T], *, patience_s: float) -> T:
+        """Run ``op`` in a transaction shared with others; returns once it is on disk.
+
+        ``op`` may be run again if the database was busy, so it does nothing but use its `Tx`. Raises what ``op``
+        raises (its writes are undone, its neighbours' are not), and `DatabaseUnavailable` when the database could
+        not take the write within ``patience_s``.
+        """
+        ticket = _Ticket(op, monotonic() + patience_s)
+        self._waiting.append(ticket)
+        self._wake.set()
+        ticket.done.wait()
+        if ticket.error is not None:
+            raise ticket.error
+        result: T = ticket.result
+        return result
+
+    def close(self) -> None:
+        """Write what is waiting, then stop. Called once nothing can hand in more."""
+        self.write(lambda tx: None, patience_s=0)
+        self._greenlet.kill()
+        self._disconnect()
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            pending: deque[_Ticket] = deque()
+            pause_s = RETRY_FIRST_S
+            while pending or self._waiting:
+                pending.extend(self._waiting)
+                self._waiting.clear()
+                group = [pending.popleft() for _ in range(min(len(pending), GROUP_MAX))]
+                try:
+                    self._commit(group)
+                except (sqlite3.Error, DatabaseUnavailable) as error:
+                    pending.extendleft(reversed(group))
+                    pending = self._without_expired(pending, error)
+                    gevent.sleep(pause_s)
+                    pause_s = min(pause_s * 2, RETRY_MAX_S)
+                else:
+                    self._on_group(len(group))
+                    pause_s = RETRY_FIRST_S
+
+    def _without_expired(self, pending: deque[_Ticket], error: sqlite3.Error | DatabaseUnavailable) -> deque[_Ticket]:
+        """Tell those whose patience has ended what the trouble is; the others go on waiting."""
+        trouble = error if isinstance(error, DatabaseUnavailable) else translated(error)
+        if not isinstance(trouble, Busy):
+            self._disconnect()  # whatever it was, a fresh connection sees the disk as it is then
+        now = monotonic()
+        for ticket in pending:
+            if ticket.deadline <= now:
+                ticket.error = trouble
+                ticket.done.set()
+        return deque(ticket for ticket in pending if not ticket.done.is_set())
+
+    def _commit(self, group: list[_Ticket]) -> None:
+        connection, tx = self._connected()
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            with marked():
+                for ticket in group:
+                    _run_one(connection, tx, ticket)
+            self._thread.apply(connection.execute, ("COMMIT",))
+        finally:
+            if connection.in_transaction:
+                _roll_back(connection)
+        for ticket in group:
+            ticket.done.set()
+
+    def _connected(self) -> tuple[sqlite3.Connection, Tx]:
+        """The writer's connection, to the file that stands at the path now."""
+        identity = file_identity(self._database.path)
+        if identity is None:
+            self._disconnect()
+            raise DatabaseUnavailable("the database file is gone", retry_after_s=5)
+        if self._connection is None or self._tx is None or identity != self._file:
+            self._disconnect()
+            self._connection = self._thread.apply(self._database.connect)
+            self._tx = self._database.tx(self._connection)
+            self._file = identity
+        return self._connection, self._tx
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._thread.apply(self._connection.close)
+        self._connection = None
+
+
+def _run_one(connection: sqlite3.Connection, tx: Tx, ticket: _Ticket) -> None:
+    """Run one operation behind a savepoint. The database's own trouble ends the group; other errors are the ticket's."""
+    ticket.result = ticket.error = None
+    connection.execute("SAVEPOINT op")
+    try:
+        ticket.result = ticket.op(tx)
+    except Exception as error:
+        if is_trouble(error):
+            raise
+        connection.execute("ROLLBACK TO op")
+        ticket.error = error
+    connection.execute("RELEASE op")
+
+
+def _roll_back(connection: sqlite3.Connection) -> None:
+    try:
+        connection.execute("ROLLBACK")
+    except sqlite3.Error as error:
+        if not is_trouble(error):
+            raise
+        # The disk is in trouble: the connection is dropped by the caller, which undoes the transaction as well.
+
+
+class Reader:
+    """One connection for quick look-ups in the event loop, such as a key by its digest. Never waits for a lock."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._connection: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None
+
+    def read(self, op: Callable[[Tx], T]) -> T:
+        """Run ``op``, whose every statement sees the latest committed state. Raises `DatabaseUnavailable`."""
+        identity = file_identity(self._database.path)
+        if identity is None:
+            raise DatabaseUnavailable("the database file is gone", retry_after_s=5)
+        try:
+            if self._connection is None or identity != self._file:
+                self.close()
+                self._connection = self._database.connect()
+                self._file = identity
+            return op(self._database.tx(self._connection))
+        except sqlite3.Error as error:
+            if not is_trouble(error):
+                raise
+            self.close()
+            raise translated(error) from error
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None

@@ -1,0 +1,79 @@
+"""fal.ai as a neighbour: the one way a request leaves this process. Sorts failures by whether fal can have started.
+
+Owns the operator's credential. Sole user of `requests`. Raises the `Upstream*` errors of `errors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+from requests import PreparedRequest
+
+from abhiapi.db import assert_no_transaction
+from abhiapi.http_adapter import BLOCK_BYTES, Headers, LeanAdapter
+
+
+@dataclass(slots=True)
+class FalReply:
+    """fal's answer: the head as it came, and the body still to be read. Close it when done."""
+
+    status: int
+    headers: Headers
+    _raw: Any
+
+    def values(self, name: str) -> list[str]:
+        """All values of a header, in order; ``name`` in lower case."""
+        return [value for header, value in self.headers if header.lower() == name]
+
+    def value(self, name: str) -> str | None:
+        found = self.values(name)
+        return found[0] if found else None
+
+    def read1(self) -> bytes:
+        """The next bytes as they come; b"" at the whole end. Raises `UpstreamBroken`, `UpstreamTimeout`."""
+        data: bytes = self._raw.read1(BLOCK_BYTES)
+        return data
+
+    def close(self) -> None:
+        self._raw.close()
+
+
+class Fal:
+    """Requests to one of fal's hosts, with the operator's credential."""
+
+    def __init__(self, base_url: str, credential: str, *, timeout_s: float) -> None:
+        self._base_url = base_url
+        self._host = base_url.split("://", 1)[1].split("/", 1)[0]
+        self._credential = credential
+        self._timeout_s = timeout_s
+        self._session = requests.Session()
+        self._session.trust_env = False
+        self._session.mount("http://", LeanAdapter())
+        self._session.mount("https://", LeanAdapter())
+
+    def send(self, method: str, target: str, headers: Iterable[tuple[str, str]], body: Any) -> FalReply:
+        """Send one request, once. ``target`` is the raw path and query; ``body`` bytes, a `Body`, or None.
+
+        Raises `UpstreamUnreachable`, `UpstreamBroken` or `UpstreamTimeout`.
+        """
+        assert_no_transaction()
+        request = PreparedRequest()
+        request.method = method
+        request.url = self._base_url + target
+        # Prepared by hand: `requests` would re-quote the path and guess at headers, and the caller's bytes count.
+        request.headers = {"Host": self._host, "Authorization": f"Key {self._credential}"}  # type: ignore[assignment]
+        request.headers.update(headers)
+        request.body = body
+        if body is not None or method in ("POST", "PUT", "PATCH"):
+            length = 0 if body is None else len(body) if isinstance(body, bytes) else body.length
+            request.headers["Content-Length"] = str(length)
+        adapter = self._session.get_adapter(request.url)
+        response = adapter.send(request, stream=True, timeout=self._timeout_s)
+        items = getattr(response.raw, "header_items", None)
+        return FalReply(response.status_code, items or list(response.headers.items()), response.raw)
+
+    def close(self) -> None:
+        self._session.close()

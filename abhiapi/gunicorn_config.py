@@ -1,0 +1,74 @@
+"""How gunicorn serves AbhiAPI: one gevent process, many connections, time to finish what runs.
+
+Read by gunicorn in its master process (`abhiapi serve`, and gunicorn.conf.py of a checkout). Checks the settings
+before anything is bound, so that a wrong one ends the process with status 2 and every problem said.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+from abhiapi import serving
+from abhiapi.errors import SettingsError
+
+SWITCH_INTERVAL_S = 0.0005  # the thread that commits gets its turn beside a busy event loop
+
+
+def _end(error: SettingsError) -> None:
+    for problem in error.problems:
+        print(f"abhiapi: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+try:
+    _settings = serving.checked_settings()
+except SettingsError as error:
+    _end(error)
+_warning = serving.raise_file_limit()
+if _warning:
+    print(f"abhiapi: {_warning}", file=sys.stderr)
+
+worker_class = "gevent"
+workers = 1
+worker_connections = serving.CONNECTIONS
+backlog = 4096
+timeout = 60  # a worker whose event loop stands still this long is restarted
+graceful_timeout = _settings.upstream_timeout_s + 60  # longer than the longest call
+keepalive = 5
+forwarded_allow_ips = ""  # proxies in front are trusted by ABHIAPI_TRUSTED_PROXIES alone
+control_socket_disable = True
+http_parser = "auto"  # gunicorn_h1c where it is installed, else the parser in Python
+accesslog = None  # the calls table is the record of calls
+errorlog = "-"
+loglevel = "warning"
+
+
+def on_starting(server: Any) -> None:
+    try:
+        serving.check_workers(_settings, server.cfg.workers)
+    except SettingsError as error:
+        _end(error)
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def post_worker_init(worker: Any) -> None:
+    """Now calls are answered: say where, and to a newcomer how."""
+    addresses = ", ".join(str(sock.getsockname()) for sock in worker.sockets)
+    print(f"AbhiAPI serves {_settings.fal_run_url} on {addresses}", file=sys.stderr, flush=True)
+    banner = os.environ.get("ABHIAPI_BANNER")
+    if banner:
+        print(banner, flush=True)
+
+
+def worker_exit(server: Any, worker: Any) -> None:
+    """End the process's row and lock, so that nothing of it is left for a sweep."""
+    wsgi = sys.modules.get("abhiapi.wsgi")
+    if wsgi is not None and hasattr(wsgi, "rt"):
+        wsgi.rt.close()

@@ -1,0 +1,171 @@
+"""Limits per key: calls in any minute (the `limits` library's moving window) and calls at once (leases).
+
+A refusal for concurrency does not use up the minute, so the lease comes first. Leases are objects in a set with a
+deadline each, never a counter: one that is lost with its greenlet stops counting when its deadline passes.
+Counts may be lost with the process; money is not kept here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import time
+
+from limits import RateLimitItemPerMinute
+from limits.storage import MovingWindowSupport, Storage, storage_from_string
+from limits.strategies import MovingWindowRateLimiter
+
+from abhiapi.errors import RateLimited, TooManyConcurrent
+from abhiapi.settings import Settings
+
+_KEYS_BETWEEN_SWEEPS = 4096
+
+
+class ExactMemoryStorage(Storage, MovingWindowSupport):
+    """Times of recent calls, a deque per key: what `memory://` means here.
+
+    The library's own memory storage sweeps all keys a hundred times a second, which costs 1 to 2 ms a call at 20,000
+    keys (docs/decisions/0004). This one forgets as it looks, and sweeps once in a while.
+    """
+
+    STORAGE_SCHEME = ["exact-memory"]
+
+    def __init__(self, uri: str | None = None, wrap_exceptions: bool = False, **_: float | str | bool) -> None:
+        super().__init__(uri, wrap_exceptions=wrap_exceptions)
+        self._times: dict[str, deque[float]] = {}
+        self._new_keys = 0
+
+    @property
+    def base_exceptions(self) -> type[Exception]:
+        return ValueError
+
+    def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
+        now = time()
+        times = self._fresh(key, now - expiry)
+        if len(times) + amount > limit:
+            return False
+        times.extend([now] * amount)
+        return True
+
+    def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
+        now = time()
+        times = self._fresh(key, now - expiry)
+        return (times[0] if times else now), len(times)
+
+    def _fresh(self, key: str, since: float) -> deque[float]:
+        times = self._times.get(key)
+        if times is None:
+            self._new_keys += 1
+            if self._new_keys >= _KEYS_BETWEEN_SWEEPS:
+                self._sweep(since)
+            times = self._times[key] = deque()
+        while times and times[0] <= since:
+            times.popleft()
+        return times
+
+    def _sweep(self, since: float) -> None:
+        self._new_keys = 0
+        self._times = {key: times for key, times in self._times.items() if times and times[-1] > since}
+
+    def incr(self, key: str, expiry: int, amount: int = 1) -> int:
+        raise NotImplementedError("only moving windows are counted here")
+
+    def get(self, key: str) -> int:
+        return len(self._times.get(key, ()))
+
+    def get_expiry(self, key: str) -> float:
+        times = self._times.get(key)
+        return times[-1] if times else 0
+
+    def check(self) -> bool:
+        return True
+
+    def reset(self) -> int | None:
+        count = len(self._times)
+        self._times.clear()
+        return count
+
+    def clear(self, key: str) -> None:
+        self._times.pop(key, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    requests_per_minute: int
+    concurrent: int
+
+
+class Lease:
+    """A place among a key's calls at once. Release it when the call is over; a second time does nothing."""
+
+    __slots__ = ("_places", "deadline")
+
+    def __init__(self, places: set[Lease], deadline: float) -> None:
+        self._places = places
+        self.deadline = deadline
+        places.add(self)
+
+    def release(self) -> None:
+        self._places.discard(self)
+
+
+class CallLimits:
+    """Decides whether a key may make one more call just now."""
+
+    def __init__(self, settings: Settings, *, now: Callable[[], float] = time) -> None:
+        self.plans = {
+            "free": Plan(settings.rate_per_minute, settings.concurrency),
+            "pro": Plan(settings.pro_rate_per_minute, settings.pro_concurrency),
+        }
+        self.storage_uri = storage_uri(settings.limits_url)
+        self._window = MovingWindowRateLimiter(storage_from_string(self.storage_uri))
+        self._items = {name: RateLimitItemPerMinute(plan.requests_per_minute) for name, plan in self.plans.items()}
+        self._lease_s = settings.upstream_timeout_s + 120
+        self._places: dict[int, set[Lease]] = {}
+        self._now = now
+
+    def enter(self, key_id: int, plan: str) -> Lease:
+        """Take a place and count one call. Raises `TooManyConcurrent` (the minute untouched) or `RateLimited`."""
+        allowed = self.plans[plan].concurrent
+        places = self._places.setdefault(key_id, set())
+        if len(places) >= allowed:
+            self._drop_overdue(places)
+            if len(places) >= allowed:
+                raise TooManyConcurrent(
+                    f"{allowed} calls of this key are running already: wait for one to end", retry_after_s=1
+                )
+        lease = Lease(places, self._now() + self._lease_s)
+        item = self._items[plan]
+        if not self._window.hit(item, str(key_id)):
+            lease.release()
+            reset = self._window.get_window_stats(item, str(key_id)).reset_time
+            wait_s = max(1, int(reset - self._now()) + 1)
+            raise RateLimited(
+                f"more than {item.amount} calls in a minute: try again in {wait_s} s", retry_after_s=wait_s
+            )
+        return lease
+
+    def headers(self, key_id: int, plan: str) -> list[tuple[str, str]]:
+        """`X-RateLimit-*` as they stand: the limit, what remains of it, and when the oldest call leaves the window."""
+        item = self._items[plan]
+        stats = self._window.get_window_stats(item, str(key_id))
+        return [
+            ("X-RateLimit-Limit", str(item.amount)),
+            ("X-RateLimit-Remaining", str(max(0, stats.remaining))),
+            ("X-RateLimit-Reset", str(int(stats.reset_time) + 1)),
+        ]
+
+    def in_flight(self) -> int:
+        """Calls running just now, over all keys."""
+        return sum(len(places) for places in self._places.values())
+
+    def _drop_overdue(self, places: set[Lease]) -> None:
+        now = self._now()
+        for lease in [lease for lease in places if lease.deadline < now]:
+            lease.release()
+
+
+def storage_uri(limits_url: str) -> str:
+    """The limits library's address of the storage behind a setting."""
+    return "exact-memory://" if limits_url.startswith("memory://") else limits_url

@@ -1,0 +1,143 @@
+"""Making a new database, and bringing an old one up to this version without losing a ledger.
+
+schema.sql is the end state. `STEPS` are numbered and only ever appended to: step n turns version n into n + 1. An
+old database is copied beside itself first, and each step is one transaction, so an upgrade that fails leaves what
+was there.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+
+from abhiapi.db import APPLICATION_ID, CLI_PATIENCE_S, Database, translated
+from abhiapi.errors import SchemaError
+from abhiapi.settings import Settings
+
+log = logging.getLogger("abhiapi")
+
+Step = Callable[[sqlite3.Connection], None]
+
+# Version 1 is the first schema there was.
+STEPS: tuple[Step, ...] = ()
+VERSION = 1 + len(STEPS)
+
+
+def open_database(settings: Settings) -> Database:
+    """The database of the settings, created or upgraded if need be (said in the log). Raises `SchemaError`."""
+    database = Database(settings.database_url)
+    done = migrate(database)
+    if done:
+        log.warning("%s", done)
+    return database
+
+
+def migrate(database: Database, *, steps: Sequence[Step] = STEPS, schema: str | None = None) -> str | None:
+    """Create or upgrade the database; what was done, in words, or None when it was up to date.
+
+    Raises `SchemaError` for a file that is not ours or is of a newer version, `DatabaseUnavailable` for the disk's
+    troubles. Safe when several processes start at once: the first does the work, the others find it done.
+    """
+    version_wanted = 1 + len(steps)
+    created = not database.exists()
+    if created:
+        try:
+            database.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SchemaError(f"cannot create the folder of {database.path}: {error.strerror}") from error
+    connection = database.connect(busy_timeout_s=CLI_PATIENCE_S)
+    try:
+        version = _version(connection, database.path)
+        if version == version_wanted:
+            return None
+        if version > version_wanted:
+            raise SchemaError(
+                f"{database.path} is of version {version}, newer than this program's {version_wanted}: upgrade AbhiAPI"
+            )
+        if version == 0:
+            return _create(connection, database.path, schema or schema_sql(), version_wanted)
+        copy = _copy(connection, database.path, version)
+        for number in range(version, version_wanted):
+            _apply(connection, steps[number - 1], number)
+        return f"upgraded {database.path} from version {version} to {version_wanted}; the old one is kept as {copy}"
+    except sqlite3.OperationalError as error:
+        raise translated(error) from error
+    finally:
+        connection.close()
+
+
+def schema_sql() -> str:
+    return resources.files("abhiapi").joinpath("schema.sql").read_text("utf-8")
+
+
+def statements(script: str) -> Iterator[str]:
+    """The statements of an SQL script, triggers kept whole."""
+    gathered = ""
+    for line in script.splitlines(keepends=True):
+        gathered += line
+        if sqlite3.complete_statement(gathered):
+            yield gathered
+            gathered = ""
+
+
+def _version(connection: sqlite3.Connection, path: Path) -> int:
+    try:
+        application_id = connection.execute("PRAGMA application_id").fetchone()[0]
+        version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError):
+            raise
+        raise SchemaError(f"{path} is not a database: {error}") from error
+    if tables and application_id != APPLICATION_ID:
+        raise SchemaError(f"{path} is a database of some other program; choose another ABHIAPI_DATABASE_URL")
+    return version
+
+
+def _create(connection: sqlite3.Connection, path: Path, schema: str, version: int) -> str | None:
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        if _version(connection, path):  # another process was faster
+            return None
+        for statement in statements(schema):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {version}")
+        connection.execute("COMMIT")
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+    return f"created the database {path}"
+
+
+def _apply(connection: sqlite3.Connection, step: Step, number: int) -> None:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        if int(connection.execute("PRAGMA user_version").fetchone()[0]) != number:
+            return  # another process was faster
+        step(connection)
+        connection.execute(f"PRAGMA user_version = {number + 1}")
+        connection.execute("COMMIT")
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
+
+def _copy(connection: sqlite3.Connection, path: Path, version: int) -> Path:
+    """A consistent copy of the database as it was, never over an earlier copy."""
+    number = 0
+    while True:
+        copy = path.with_name(f"{path.name}.v{version}{f'.{number}' if number else ''}.bak")
+        if not copy.exists():
+            break
+        number += 1
+    target = sqlite3.connect(copy)
+    try:
+        connection.backup(target)
+    finally:
+        target.close()
+    return copy

@@ -1,0 +1,222 @@
+"""What people read: calls, entries, usage, open holds. Read-only; every function takes an open transaction.
+
+Usage comes from the daily roll-up only, so a report costs the same at ten million calls as at ten. Lists are paged
+by key, newest first: ``cursor`` is the last id or seq of the page before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from typing import Any, Literal
+
+from sqlalchemy import Select, bindparam, func, literal_column, select
+
+from abhiapi import tables
+from abhiapi.calls import OPEN
+from abhiapi.db import Row, Tx
+from abhiapi.ids import key_text
+from abhiapi.money import Micros
+
+Grouping = Literal["day", "model", "key", "account"]
+EPOCH = date(1970, 1, 1)
+FIRST, LAST = 2**63 - 1, -(2**63)  # cursors before the newest and after the oldest
+
+_c = tables.calls.c
+_p = tables.price_versions.c
+_a = tables.accounts.c
+_e = tables.entries.c
+_u = tables.usage_daily.c
+
+_CALL_COLUMNS = (
+    _c.call_id,
+    _a.name,
+    _c.key_id,
+    _p.model,
+    _c.mode,
+    _c.state,
+    _c.http_status,
+    _c.held_micros,
+    _c.charged_micros,
+    _c.refunded_micros,
+    _c.units,
+    _p.unit_price_usd,
+    _c.usage_source,
+    _c.fal_request_id,
+    _c.fal_cost_nano_usd,
+    _c.reason,
+    _c.created_at,
+    _c.finished_at,
+)
+_CALLS = (
+    select(*_CALL_COLUMNS)
+    .join_from(tables.calls, tables.accounts, _c.account_id == _a.account_id)
+    .join(tables.price_versions, _c.price_id == _p.price_id)
+)
+_NEWEST_CALLS = _CALLS.where(_c.call_id < bindparam("before")).order_by(_c.call_id.desc()).limit(bindparam("most"))
+_NEWEST_CALLS_OF = _NEWEST_CALLS.where(_c.account_id == bindparam("account"))
+_ONE_CALL = _CALLS.where(_c.call_id == bindparam("call"))
+_OPEN_HOLDS = _CALLS.where(_c.state.in_([literal_column(f"'{state}'") for state in OPEN])).order_by(_c.call_id)
+_ENTRY_COLUMNS = (
+    _e.account_id,
+    _e.seq,
+    _e.kind,
+    _e.amount_micros,
+    _e.balance_after_micros,
+    _e.call_id,
+    _e.ref,
+    _e.note,
+    _e.created_at,
+    _e.hash,
+)
+_NEWEST_ENTRIES = (
+    select(*_ENTRY_COLUMNS)
+    .where(_e.account_id == bindparam("account"), _e.seq < bindparam("before"))
+    .order_by(_e.seq.desc())
+    .limit(bindparam("most"))
+)
+_ALL_ENTRIES = (
+    select(*_ENTRY_COLUMNS, _a.name)
+    .join_from(tables.entries, tables.accounts, _e.account_id == _a.account_id)
+    .order_by(_e.account_id, _e.seq)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CallRow:
+    call_id: int
+    account: str
+    key_id: int
+    model: str
+    mode: str
+    state: str
+    status: int | None
+    held_micros: Micros
+    charged_micros: Micros
+    refunded_micros: Micros
+    units: str | None
+    unit_price_usd: str
+    usage_source: str | None
+    fal_request_id: str | None
+    fal_cost_nano_usd: int | None
+    reason: str | None
+    created_at: int
+    finished_at: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class EntryRow:
+    account_id: int
+    seq: int
+    kind: str
+    amount_micros: Micros
+    balance_after_micros: Micros
+    call_id: int | None
+    ref: str | None
+    note: str | None
+    created_at: int
+    hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """Ended calls of a group, what they were charged less refunds, and what they cost at fal (as far as known)."""
+
+    group: str
+    calls: int
+    charged_micros: Micros
+    fal_cost_nano_usd: int
+
+    @property
+    def margin_nano_usd(self) -> int:
+        return self.charged_micros * 1000 - self.fal_cost_nano_usd
+
+
+def newest_calls(tx: Tx, *, account_id: int | None = None, before: int = FIRST, most: int = 50) -> list[CallRow]:
+    if account_id is None:
+        return [_call(row) for row in tx.all(_NEWEST_CALLS, before=before, most=most)]
+    return [_call(row) for row in tx.all(_NEWEST_CALLS_OF, account=account_id, before=before, most=most)]
+
+
+def call(tx: Tx, call_id: int) -> CallRow | None:
+    row = tx.one(_ONE_CALL, call=call_id)
+    return _call(row) if row else None
+
+
+def open_holds(tx: Tx) -> list[CallRow]:
+    """Every call whose hold still stands, oldest first."""
+    return [_call(row) for row in tx.all(_OPEN_HOLDS)]
+
+
+def newest_entries(tx: Tx, account_id: int, *, before: int = FIRST, most: int = 50) -> list[EntryRow]:
+    return [EntryRow(*row) for row in tx.all(_NEWEST_ENTRIES, account=account_id, before=before, most=most)]
+
+
+def all_entries(tx: Tx) -> Any:
+    """Every entry of every account as (EntryRow, account name), in order, in bounded memory."""
+    return ((EntryRow(*row[:-1]), row[-1]) for row in tx.each(_ALL_ENTRIES))
+
+
+def usage(
+    tx: Tx, by: Grouping, *, account_id: int | None = None, since: date | None = None, until: date | None = None
+) -> list[UsageRow]:
+    """Usage of the days from ``since`` to ``until``, both included (UTC days on which the calls ended)."""
+    rows = tx.all(_USAGE[by, account_id is not None], **_bounds(account_id, since, until))
+    return [UsageRow(_group_text(by, group), calls, Micros(micros), nanos) for group, calls, micros, nanos in rows]
+
+
+def total(rows: list[UsageRow]) -> UsageRow:
+    return UsageRow(
+        "total",
+        sum(row.calls for row in rows),
+        Micros(sum(row.charged_micros for row in rows)),
+        sum(row.fal_cost_nano_usd for row in rows),
+    )
+
+
+def day_number(day: date) -> int:
+    return (day - EPOCH).days
+
+
+def parse_day(text: str, *, today: date | None = None) -> date:
+    """A day as ``2026-11-22`` or a span back from today such as ``7d``. Raises ValueError saying what is expected."""
+    try:
+        if text.endswith("d") and text[:-1].isdigit() and len(text) <= 5:
+            return (today or datetime.now(UTC).date()) - timedelta(days=int(text[:-1]))
+        return date.fromisoformat(text)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{text[:40]!r} is no day: write 2026-11-22, or 7d for a week ago") from error
+
+
+def _bounds(account_id: int | None, since: date | None, until: date | None) -> dict[str, int]:
+    bounds = {
+        "first": day_number(since) if since else 0,
+        "last": day_number(until) if until else day_number(date.max),
+    }
+    return bounds if account_id is None else bounds | {"account": account_id}
+
+
+def _usage_statement(by: Grouping, of_account: bool) -> Select[Any]:
+    group: Any = {"day": _u.day, "model": _u.model, "key": _u.key_id, "account": _a.name}[by]
+    statement = select(group, func.sum(_u.calls), func.sum(_u.charged_micros), func.sum(_u.fal_cost_nano_usd)).where(
+        _u.day >= bindparam("first"), _u.day <= bindparam("last")
+    )
+    if by == "account":
+        statement = statement.join_from(tables.usage_daily, tables.accounts, _u.account_id == _a.account_id)
+    if of_account:
+        statement = statement.where(_u.account_id == bindparam("account"))
+    return statement.group_by(group).order_by(group)
+
+
+_GROUPINGS: tuple[Grouping, ...] = ("day", "model", "key", "account")
+_USAGE = {(by, of_account): _usage_statement(by, of_account) for by in _GROUPINGS for of_account in (True, False)}
+
+
+def _group_text(by: Grouping, group: Any) -> str:
+    if by == "day":
+        return (EPOCH + timedelta(days=group)).isoformat()
+    return key_text(group) if by == "key" else str(group)
+
+
+def _call(row: Row) -> CallRow:
+    return CallRow(*row)

@@ -1,0 +1,132 @@
+"""The parts of a serving process, put together once: settings, database, prices, limits, fal, clock and chance."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import gevent
+
+from abhiapi import keys, prices, pricing, processes
+from abhiapi.committer import GroupCommitter, Reader
+from abhiapi.db import Database, Tx
+from abhiapi.errors import AbhiError, SettingsError
+from abhiapi.fal import Fal
+from abhiapi.ids import CallIds, NowMs
+from abhiapi.limits import CallLimits
+from abhiapi.metrics import Metrics
+from abhiapi.migrations import open_database
+from abhiapi.settings import Settings
+
+T = TypeVar("T")
+log = logging.getLogger("abhiapi")
+__all__ = ["Runtime", "log", "open_database", "start", "system_now_ms"]
+
+HOLD_PATIENCE_S = 3  # how long a call may wait for the database before it is refused with 503
+SETTLE_PATIENCE_S = 60  # how long a finished call's charge may wait before its answer is withheld
+SETTLE_LATER_S = 7 * 86_400  # and how long it is tried after that
+HEALTH_PATIENCE_S = 1
+
+
+def system_now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(slots=True)
+class Runtime:
+    """What a request needs. Tests make one with a clock and a database of their own."""
+
+    settings: Settings
+    database: Database
+    writer: GroupCommitter
+    reader: Reader
+    fal_run: Fal
+    limits: CallLimits
+    metrics: Metrics
+    process_id: int
+    lock: processes.ProcessLock
+    rules: tuple[pricing.PriceRule, ...]
+    now_ms: NowMs = system_now_ms
+    call_ids: CallIds = field(default_factory=CallIds)
+    _catalogue: pricing.Catalogue | None = None
+    _catalogue_version: int = -1
+    price_ids: dict[tuple[str, ...], int] = field(default_factory=dict)
+
+    def write(self, op: Callable[[Tx], T], *, patience_s: float = HOLD_PATIENCE_S) -> T:
+        """A durable write, in a transaction shared with other greenlets'."""
+        return self.writer.write(op, patience_s=patience_s)
+
+    def settle_later(self, op: Callable[[Tx], object]) -> None:
+        """Go on trying to write the end of a call whose answer was withheld. Its hold stands until then."""
+
+        def settle() -> None:
+            try:
+                self.write(op, patience_s=SETTLE_LATER_S)
+            except AbhiError as error:
+                log.error("a parked charge was not written: %s", error.message)
+
+        gevent.spawn(settle)
+
+    def read_aside(self, op: Callable[[Tx], T]) -> T:
+        """A longer read (lists, reports) on a snapshot, in a native thread."""
+        result: T = gevent.get_hub().threadpool.apply(self.database.read, (op,))
+        return result
+
+    def authenticate(self, key: str | None, *, may_be_suspended: bool = False) -> keys.Caller:
+        """Who is calling, as the database has it this very moment."""
+        now = self.now_ms()
+        return self.reader.read(lambda tx: keys.authenticate(tx, key, now_ms=now, may_be_suspended=may_be_suspended))
+
+    def catalogue(self, own_price_id: int | None = None) -> pricing.Catalogue:
+        """The prices in force. ``own_price_id`` is the newest own price if the caller has just read it."""
+        if own_price_id is None:
+            own_price_id = self.reader.read(prices.own_prices)[0]
+        if self._catalogue is None or own_price_id != self._catalogue_version:
+            version, own = self.reader.read(prices.own_prices)
+            self._catalogue = pricing.Catalogue(self.rules, own, self.settings.margin)
+            self._catalogue_version = version
+        return self._catalogue
+
+    def close(self) -> None:
+        """End cleanly: nothing of this process's is left for a sweep."""
+        self.write(lambda tx: processes.end(tx, self.process_id, now_ms=self.now_ms()), patience_s=5)
+        self.writer.close()
+        self.reader.close()
+        self.lock.release()
+        self.fal_run.close()
+
+
+def start(
+    settings: Settings,
+    *,
+    now_ms: NowMs = system_now_ms,
+    rules: tuple[pricing.PriceRule, ...] | None = None,
+) -> Runtime:
+    """Open everything that serving needs. Raises `SettingsError`, `SchemaError`, `DatabaseUnavailable`."""
+    if settings.fal_key is None:
+        raise SettingsError(["FAL_KEY is not set: set it, or start with --sandbox to use the built-in simulator"])
+    database = open_database(settings)
+    metrics = Metrics()
+    writer = GroupCommitter(database, on_group=metrics.group_size.observe)
+    lock = processes.ProcessLock(database.path)
+    process_id = writer.write(lambda tx: processes.start(tx, pid=os.getpid(), now_ms=now_ms()), patience_s=30)
+    lock.take_place(process_id)
+    runtime = Runtime(
+        settings=settings,
+        database=database,
+        writer=writer,
+        reader=Reader(database),
+        fal_run=Fal(settings.fal_run_url, settings.fal_key, timeout_s=settings.upstream_timeout_s),
+        limits=CallLimits(settings),
+        metrics=metrics,
+        process_id=process_id,
+        lock=lock,
+        rules=rules if rules is not None else pricing.shipped_rules(),
+        now_ms=now_ms,
+    )
+    metrics.gauge("abhiapi_in_flight", "Calls running just now", runtime.limits.in_flight)
+    return runtime

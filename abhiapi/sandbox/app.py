@@ -1,0 +1,303 @@
+"""The simulated fal as a WSGI application: one call from its first byte to its answer and its bill.
+
+Owns the order of things: receive and record, authenticate, take the weather, wait, answer, bill, send. What models
+answer is in `answers`, what can go wrong in `weather` and `transport`, the ``/_sandbox`` pages in `control`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
+from uuid import UUID, uuid5
+
+import gevent
+
+from abhiapi.metering import parse_units
+from abhiapi.pricing import PriceRule, decimal_text
+from abhiapi.sandbox import answers, control, files, replies, transport, validation, weather
+from abhiapi.sandbox.models import model_of
+from abhiapi.sandbox.records import BODY_TEXT_MAX_BYTES, Bill, CallLog, Forecast, Gates, Received
+from abhiapi.sandbox.replies import Reply
+from abhiapi.sandbox.usage import billed_units
+from abhiapi.sandbox.weather import FAIR, Weather
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIEnvironment
+
+HOLD_MAX_S = 60
+BODY_KEPT_MAX_BYTES = 256 * 1024**2
+READ_BYTES = 256 * 1024
+
+_SERVED_FROM = str(uuid5(UUID(int=0), "the simulator's one runner"))
+_COMMON = (
+    ("x-fal-served-from", _SERVED_FROM),
+    ("strict-transport-security", "max-age=31536000; includeSubDomains"),
+    ("x-robots-tag", "noindex"),
+)
+
+
+def uuid7() -> str:
+    """A request id as fal makes them: time-ordered (RFC 9562, version 7)."""
+    value = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(os.urandom(10), "big")
+    value = value & ~(0xF << 76) | 7 << 76
+    value = value & ~(0x3 << 62) | 2 << 62
+    return str(UUID(int=value))
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call as far as the answer needs it. ``body`` is None where the weather does without it, or it is too long."""
+
+    received: Received
+    endpoint_id: str
+    path: str
+    host: str
+    body: bytes | None
+    start_timeout: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """An answer before weather touched its headers. ``units`` is what the work is worth; None where none was done."""
+
+    reply: Reply
+    units: Decimal | None
+    rule: PriceRule | None = None
+
+
+class Sandbox:
+    """A fal that costs nothing. Callable as WSGI; its records are attributes (see `records`)."""
+
+    def __init__(self, rules: Iterable[PriceRule], new_id: Callable[[], str], now: Callable[[], datetime]) -> None:
+        self.rules: Mapping[str, PriceRule] = {rule.model: rule for rule in rules}
+        self.new_id = new_id
+        self.now = now
+        self.calls = CallLog()
+        self.bill = Bill()
+        self.forecast = Forecast()
+        self.gates = Gates()
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if path == "/_sandbox" or path.startswith("/_sandbox/"):
+            return _respond(control.answer(self, environ), start_response)
+        if path.startswith(files.PREFIX):
+            return _serve_file(environ, start_response)
+        return self._call(environ, start_response)
+
+    def _call(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ["PATH_INFO"].encode("latin-1").decode("utf-8", "replace")
+        endpoint_id = path.strip("/")
+        authorized = _is_authorized(environ.get("HTTP_AUTHORIZATION", ""))
+        problem, wanted = "", FAIR
+        if authorized:
+            try:
+                wanted = self._weather(environ, endpoint_id)
+            except weather.WeatherError as error:
+                problem = str(error)
+        call = self._receive(environ, path, keep=wanted.keeps_body)
+        if not call.received.complete:
+            raise transport.Hangup
+        if not authorized:
+            outcome = _Outcome(replies.error(401, path, call.host), None)
+        elif problem:
+            outcome = _Outcome(replies.of_json(400, {"detail": f"{weather.HEADER}: {problem}"}), Decimal(0))
+        else:
+            outcome = self._worked(call, wanted)
+        reply = self._billed(call, outcome, wanted)
+        if not wanted.needs_socket:
+            return _respond(reply, start_response)
+        client = environ.get("sandbox.socket")
+        if client is None:
+            return _respond(replies.of_json(500, {"detail": "this weather needs the real server"}), start_response)
+        transport.send(client, reply, wanted)
+        return ()
+
+    def _weather(self, environ: WSGIEnvironment, endpoint_id: str) -> Weather:
+        """The header's weather; without a header the next one ordered for this endpoint."""
+        header = environ.get("HTTP_X_FAL_SANDBOX")
+        if header is not None:
+            return weather.from_header(header)
+        return self.forecast.take(endpoint_id) or FAIR
+
+    def _receive(self, environ: WSGIEnvironment, path: str, *, keep: bool) -> _Call:
+        """Read the body, in slices and without holding it unless it is asked for, and record the call."""
+        source, digest, length, complete = environ["wsgi.input"], hashlib.sha256(), 0, True
+        kept: bytearray | None = bytearray()
+        while True:
+            try:
+                piece = source.read(READ_BYTES)
+            except OSError:  # the client went away in the middle
+                complete = False
+                break
+            if not piece:
+                break
+            digest.update(piece)
+            length += len(piece)
+            if kept is not None and length <= (BODY_KEPT_MAX_BYTES if keep else BODY_TEXT_MAX_BYTES):
+                kept += piece
+            else:
+                kept = None
+        body = None if kept is None else bytes(kept)
+        received = Received(
+            self.new_id(), self.now().isoformat(), environ["REQUEST_METHOD"], path, environ.get("QUERY_STRING", ""),
+            _headers(environ), length, digest.hexdigest(), _text(body), complete,
+        )  # fmt: skip
+        self.calls.add(received)
+        host = environ.get("HTTP_HOST") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
+        start_timeout = "HTTP_X_FAL_REQUEST_TIMEOUT" in environ
+        return _Call(received, path.strip("/"), path, host, body if keep else None, start_timeout)
+
+    def _worked(self, call: _Call, wanted: Weather) -> _Outcome:
+        if wanted.delay_s:
+            gevent.sleep(float(wanted.delay_s))
+        if wanted.hold_until is not None and not self.gates.wait(wanted.hold_until, HOLD_MAX_S):
+            detail = f"{wanted.hold_until!r} was not released within {HOLD_MAX_S} s"
+            return _Outcome(replies.of_json(500, {"detail": detail, "error_type": "internal_error"}), None)
+        rule = self.rules.get(call.endpoint_id)
+        if rule is None:
+            return _Outcome(replies.not_found(call.path), Decimal(0))
+        if call.received.method not in ("POST", "GET"):
+            return _Outcome(replies.error(405, call.path, call.host).with_headers(("allow", "GET, POST")), None)
+        return _outcome(call, wanted, rule)
+
+    def _billed(self, call: _Call, outcome: _Outcome, wanted: Weather) -> Reply:
+        """The reply with fal's headers; and the call on the bill, if fal would bill it."""
+        reply = outcome.reply
+        worth = None if outcome.units is None else outcome.units * wanted.units_factor
+        texts = _unit_texts(worth, wanted)
+        if outcome.rule is not None:
+            # A header that is no number hides what the call is worth; it does not change it.
+            units = parse_units(texts[:1]) if texts and wanted.units != "twice" else None
+            units = worth if units is None else units
+            if units is not None and _is_billed(reply.status, units):
+                request_id = call.received.request_id
+                self.bill.add(request_id, outcome.rule, reply.status, units, delivered=not wanted.breaks_http)
+        if wanted.body != "html":  # a page of an ingress, which fal's headers do not adorn
+            reply = reply.with_headers(("x-fal-request-id", call.received.request_id), *_COMMON)
+        reply = reply.with_headers(*(("x-fal-billable-units", text) for text in texts))
+        return replies.gzipped(reply) if wanted.encoding == "gzip" else reply
+
+
+def create_sandbox(
+    rules: Iterable[PriceRule], *, new_id: Callable[[], str] = uuid7, now: Callable[[], datetime] = utc_now
+) -> Sandbox:
+    """A simulated fal that serves these models and bills them at these prices."""
+    return Sandbox(rules, new_id, now)
+
+
+def _outcome(call: _Call, wanted: Weather, rule: PriceRule) -> _Outcome:
+    """What the model answers, or the answer that the weather lays down in its place."""
+    if not wanted.keeps_body:
+        status = wanted.status or 200
+        if wanted.size_bytes is not None:
+            return _Outcome(replies.sized(status, wanted.size_bytes), Decimal(1), rule)
+        told = {"sha256": call.received.body_sha256, "length": call.received.body_length}
+        return _Outcome(replies.of_json(status, told), Decimal(1), rule)
+    if call.body is None:
+        return _Outcome(replies.of_json(413, {"detail": "Request body too large"}), None)
+    call_input, problems = _input(call)
+    model = model_of(rule.model)
+    if not wanted.answers_anything:
+        problems = problems or validation.problems(model, rule.estimate, call_input, call.received.body_length)
+        if problems:
+            return _Outcome(replies.of_json(422, {"detail": problems}), Decimal(0), rule)
+    status = wanted.status or 200
+    if not 200 <= status < 300:
+        reply = replies.error(status, call.path, call.host)
+        if wanted.body is not None:
+            reply = replies.odd(status, wanted.body)
+        if status == 504 and call.start_timeout:
+            reply = reply.with_headers(("x-fal-request-timeout-type", "user"))
+        return _Outcome(reply, Decimal(0) if status == 404 else None, rule)
+    fingerprint = hashlib.sha256(f"{rule.model}\n{call.received.query}\n{call.received.body_sha256}".encode())
+    request = answers.Request(rule, model, call_input, call.host, fingerprint.hexdigest()[:32])
+    answer, work = answers.answer(request)
+    reply = replies.odd(status, wanted.body) if wanted.body is not None else replies.of_json(status, answer)
+    if status == 204:
+        reply = replies.of_bytes(status, b"")
+    return _Outcome(reply, billed_units(rule.estimate, call_input, work), rule)
+
+
+def _input(call: _Call) -> tuple[Mapping[str, Any], list[validation.Problem]]:
+    if call.received.method == "POST":
+        return validation.parsed(call.body or b"")
+    gathered: dict[str, Any] = {}
+    for name, value in parse_qsl(call.received.query, keep_blank_values=True):
+        gathered[name] = value
+    return gathered, []
+
+
+def _unit_texts(worth: Decimal | None, wanted: Weather) -> list[str]:
+    """The values of the units header, each of which is sent."""
+    plain = [] if worth is None else [decimal_text(worth)]
+    match wanted.units:
+        case None:
+            return plain
+        case "none":
+            return []
+        case "twice":
+            return (plain or ["1"]) * 2
+        case raw:
+            return [raw]
+
+
+def _is_billed(status: int, units: Decimal) -> bool:
+    """fal's rules: never 5xx, nor what its gateway refused; errors only for units."""
+    return 200 <= status < 300 or (400 <= status < 500 and status not in (401, 402, 403) and units > 0)
+
+
+def _is_authorized(header: str) -> bool:
+    scheme, _, credential = header.partition(" ")
+    return scheme == "Key" and bool(credential.strip())
+
+
+def _headers(environ: WSGIEnvironment) -> tuple[tuple[str, str], ...]:
+    as_sent = environ.get("sandbox.headers")
+    if as_sent is not None:
+        return tuple(as_sent)
+    named = [(name[5:].replace("_", "-").lower(), value) for name, value in environ.items() if name[:5] == "HTTP_"]
+    plain = [(name.replace("_", "-").lower(), environ.get(name)) for name in ("CONTENT_TYPE", "CONTENT_LENGTH")]
+    return tuple([(name, value) for name, value in plain if value] + named)
+
+
+def _text(body: bytes | None) -> str | None:
+    if body is None or len(body) > BODY_TEXT_MAX_BYTES:
+        return None
+    try:
+        return body.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _respond(reply: Reply, start_response: StartResponse) -> Iterable[bytes]:
+    headers = reply.head()
+    if reply.status in (204, 304):
+        headers = list(reply.headers)
+    elif reply.length is not None:
+        headers.append(("content-length", str(reply.length)))
+    start_response(reply.status_line, headers)
+    return reply.body
+
+
+def _serve_file(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    served = files.file_at(environ["PATH_INFO"]) if environ["REQUEST_METHOD"] in ("GET", "HEAD") else None
+    if served is None:
+        return _respond(replies.of_json(404, {"detail": "File not found"}), start_response)
+    headers = [("content-type", served.content_type), ("cache-control", "public, max-age=31536000, immutable")]
+    headers.append(("access-control-allow-origin", "*"))
+    if served.length is not None:
+        headers.append(("content-length", str(served.length)))
+    start_response("200 OK", headers)
+    return () if environ["REQUEST_METHOD"] == "HEAD" else served.pieces

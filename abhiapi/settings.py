@@ -1,0 +1,196 @@
+"""The environment, read once (contract 2). Nothing else in the package reads it.
+
+Every bad value is reported, all of them together. Secrets hide from ``repr``. A ``.env`` file in the working folder
+fills in what the environment leaves out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from dotenv import dotenv_values
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
+from abhiapi.errors import SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """One setting as people read of it: the docs' table is made from these."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+def _setting(name: str, default: str, meaning: str, parse: Callable[[str], Any], *, secret: bool = False) -> Any:
+    return field(repr=not secret, metadata={"variable": Variable(name, default, meaning), "parse": parse})
+
+
+def _text(value: str) -> str:
+    if not value.isascii() or not value.isprintable():
+        raise ValueError("must be plain printable ASCII")
+    return value
+
+
+def _credential(value: str) -> str | None:
+    value = value.strip()
+    if not value:
+        return None
+    if not re.fullmatch(r"[\x21-\x7e]+", value):
+        raise ValueError("must be printable ASCII without spaces (the value is not shown here)")
+    return value
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        if not re.fullmatch(r"\d{1,15}", value) or not least <= int(value) <= most:
+            raise ValueError(f"must be a whole number from {least} to {most}")
+        return int(value)
+
+    return parse
+
+
+def _margin(value: str) -> Decimal:
+    if not re.fullmatch(r"\d{1,3}(\.\d{1,9})?", value):
+        raise ValueError("must be a plain decimal such as 0.05 (for 5 percent)")
+    return Decimal(value)
+
+
+def _base_url(value: str) -> str:
+    parts = urlsplit(value)
+    plain = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment)
+    if not plain or "@" in parts.netloc or not re.fullmatch(r"[\x21-\x7e]+", value):
+        raise ValueError("must be a URL such as https://fal.run")
+    try:
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError("has a port that is no number from 0 to 65535") from error
+    return value.rstrip("/")
+
+
+def _optional_base_url(value: str) -> str | None:
+    return _base_url(value) if value else None
+
+
+def _database_url(value: str) -> str:
+    if not value:
+        return default_database_url()
+    try:
+        url = make_url(value)
+    except ArgumentError as error:
+        raise ValueError("is not a database URL such as sqlite:////var/lib/abhiapi/abhiapi.db") from error
+    if url.get_backend_name() not in ("sqlite", "postgresql"):
+        raise ValueError("must be a sqlite or postgresql URL")
+    return value
+
+
+def _limits_url(value: str) -> str:
+    if not re.match(r"(memory|redis|rediss|redis\+cluster|redis\+sentinel|redis\+unix)://", value):
+        raise ValueError("must be memory:// or a redis:// URL")
+    return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    fal_key: str | None = _setting(
+        "FAL_KEY",
+        "",
+        "the operator's fal credential; without it `serve` starts only with `--sandbox`",
+        _credential,
+        secret=True,
+    )
+    database_url: str = _setting(
+        "ABHIAPI_DATABASE_URL",
+        "",
+        "where the ledger is: `sqlite:////absolute/path.db`; unset: `abhiapi.db` in Flask's instance folder",
+        _database_url,
+    )
+    limits_url: str = _setting("ABHIAPI_LIMITS_URL", "memory://", "where limits are counted", _limits_url)
+    public_url: str | None = _setting(
+        "ABHIAPI_PUBLIC_URL",
+        "",
+        "base of the URLs handed to customers; unset: taken from each request",
+        _optional_base_url,
+    )
+    margin: Decimal = _setting(
+        "ABHIAPI_MARGIN", "0.05", "added to fal's unit price where no price of one's own is set", _margin
+    )
+    rate_per_minute: int = _setting(
+        "ABHIAPI_RATE_PER_MINUTE", "30", "calls in any minute, per key, free plan", _whole(1, 10**9)
+    )
+    concurrency: int = _setting("ABHIAPI_CONCURRENCY", "5", "calls at once, per key, free plan", _whole(1, 10**6))
+    pro_rate_per_minute: int = _setting(
+        "ABHIAPI_PRO_RATE_PER_MINUTE", "300", "calls in any minute, per key, pro plan", _whole(1, 10**9)
+    )
+    pro_concurrency: int = _setting(
+        "ABHIAPI_PRO_CONCURRENCY", "40", "calls at once, per key, pro plan", _whole(1, 10**6)
+    )
+    upstream_timeout_s: int = _setting(
+        "ABHIAPI_UPSTREAM_TIMEOUT_S", "900", "longest wait for fal's answer to a sync call, seconds", _whole(1, 86_400)
+    )
+    max_body_bytes: int = _setting(
+        "ABHIAPI_MAX_BODY_BYTES", "104857600", "larger request bodies get 413", _whole(1, 2**40)
+    )
+    fal_run_url: str = _setting("ABHIAPI_FAL_RUN_URL", "https://fal.run", "where fal runs sync calls", _base_url)
+    fal_queue_url: str = _setting("ABHIAPI_FAL_QUEUE_URL", "https://queue.fal.run", "where fal's queue is", _base_url)
+    fal_rest_url: str = _setting(
+        "ABHIAPI_FAL_REST_URL", "https://rest.fal.ai", "where fal's upload service is", _base_url
+    )
+    fal_api_url: str = _setting(
+        "ABHIAPI_FAL_API_URL", "https://api.fal.ai/v1", "where fal's platform API (prices, billing) is", _base_url
+    )
+    reconcile_interval_s: int = _setting(
+        "ABHIAPI_RECONCILE_INTERVAL_S", "5", "how often open calls are looked at, seconds", _whole(1, 3600)
+    )
+    trusted_proxies: int = _setting(
+        "ABHIAPI_TRUSTED_PROXIES", "0", "reverse proxies in front whose `X-Forwarded-*` are believed", _whole(0, 10)
+    )
+    metrics_token: str | None = _setting(
+        "ABHIAPI_METRICS_TOKEN",
+        "",
+        "bearer token of `/metrics`; unset: loopback only",
+        _credential,
+        secret=True,
+    )
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """The settings of an environment (default: this process's, and ``.env``). Raises `SettingsError`."""
+        if environ is None:
+            dotenv = Path.cwd() / ".env"
+            from_file = dotenv_values(dotenv) if dotenv.is_file() else {}
+            environ = {name: value for name, value in from_file.items() if value is not None} | dict(os.environ)
+        values: dict[str, Any] = {}
+        problems: list[str] = []
+        for item in fields(cls):
+            variable: Variable = item.metadata["variable"]
+            text = environ.get(variable.name, "").strip() or variable.default
+            try:
+                values[item.name] = item.metadata["parse"](text)
+            except ValueError as error:
+                shown = "" if not item.repr else f" (it is {text[:80]!r})"
+                problems.append(f"{variable.name} {error}{shown}")
+        if problems:
+            raise SettingsError(problems)
+        return cls(**values)
+
+
+def variables() -> list[Variable]:
+    """Every variable there is, for the docs and their test."""
+    return [item.metadata["variable"] for item in fields(Settings)]
+
+
+def default_database_url() -> str:
+    """`abhiapi.db` in Flask's instance folder: the same absolute path whatever the working folder."""
+    from flask import Flask  # here, because most commands name their database and need no Flask
+
+    return f"sqlite:///{Path(Flask('abhiapi').instance_path) / 'abhiapi.db'}"

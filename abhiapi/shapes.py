@@ -1,0 +1,122 @@
+"""Rows as the JSON that customers and operators read (contract 3.1 and 4): one shape, wherever it is printed.
+
+Amounts become exact Decimals, ids and times texts.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+from abhiapi import ids, money
+from abhiapi.accounts import Account
+from abhiapi.keys import Key
+from abhiapi.pricing import Price, decimal_text
+from abhiapi.reports import CallRow, EntryRow, UsageRow
+
+Json = dict[str, Any]
+
+
+def account(row: Account) -> Json:
+    return {"account": row.name, "plan": row.plan, "status": row.status, **balance(row, named=False)}
+
+
+def balance(row: Account, *, named: bool = True) -> Json:
+    amounts = {
+        "balance": money.credits(row.balance_micros),
+        "held": money.credits(row.held_micros),
+        "available": money.credits(row.available_micros),
+    }
+    return {"account": row.name, **amounts} if named else amounts
+
+
+def key(row: Key, *, now_ms: int) -> Json:
+    return {
+        "id": ids.key_text(row.key_id),
+        "account": row.account,
+        "name": row.name,
+        "masked": row.masked,
+        "status": row.status_at(now_ms),
+        "created_at": ids.time_text(row.created_at),
+        "last_used_at": ids.time_text(row.last_used_at),
+        "expires_at": ids.time_text(row.expires_at),
+    }
+
+
+def call(row: CallRow, *, for_operator: bool = False) -> Json:
+    shape: Json = {
+        "call_id": ids.call_text(row.call_id),
+        "key_id": ids.key_text(row.key_id),
+        "model": row.model,
+        "mode": row.mode,
+        "state": row.state,
+        "status": row.status,
+        "held": money.credits(row.held_micros),
+        "credits": money.credits(row.charged_micros),
+        "units": row.units,
+        "unit_price_usd": Decimal(row.unit_price_usd),
+        "usage_source": row.usage_source,
+        "fal_request_id": row.fal_request_id,
+        "created_at": ids.time_text(row.created_at),
+        "finished_at": ids.time_text(row.finished_at),
+    }
+    if row.refunded_micros:
+        shape["refunded"] = money.credits(row.refunded_micros)
+    if for_operator:
+        cost = row.fal_cost_nano_usd
+        shape["account"] = row.account
+        shape["fal_cost_usd"] = None if cost is None else Decimal(money.nanos_usd_text(cost))
+        shape["reason"] = row.reason
+    return shape
+
+
+def entry(row: EntryRow) -> Json:
+    return {
+        "entry_id": ids.entry_text(row.account_id, row.seq),
+        "seq": row.seq,
+        "kind": row.kind,
+        "credits": money.credits(row.amount_micros),
+        "balance_after": money.credits(row.balance_after_micros),
+        "call_id": None if row.call_id is None else ids.call_text(row.call_id),
+        "ref": row.ref,
+        "note": row.note,
+        "created_at": ids.time_text(row.created_at),
+        "hash": row.hash.hex(),
+    }
+
+
+def usage(row: UsageRow, *, for_operator: bool = False) -> Json:
+    shape: Json = {
+        "group": row.group,
+        "calls": row.calls,
+        "credits": money.credits(row.charged_micros),
+        "cost_usd": money.usd(row.charged_micros),
+    }
+    if for_operator:
+        shape["fal_cost_usd"] = Decimal(money.nanos_usd_text(row.fal_cost_nano_usd))
+        shape["margin_usd"] = Decimal(money.nanos_usd_text(row.margin_nano_usd))
+    return shape
+
+
+def price(row: Price) -> Json:
+    fal_price = row.fal_unit_price_usd
+    return {
+        "model": row.model,
+        "unit": row.unit,
+        "unit_price_usd": Decimal(decimal_text(row.unit_price_usd)),
+        "fal_unit_price_usd": None if fal_price is None else Decimal(decimal_text(fal_price)),
+        "margin": None if row.margin is None else Decimal(decimal_text(row.margin)),
+        "source": row.source,
+        "updated_at": row.updated_at,
+    }
+
+
+def hold(row: CallRow, *, now_ms: int) -> Json:
+    return {
+        "call_id": ids.call_text(row.call_id),
+        "account": row.account,
+        "model": row.model,
+        "credits": money.credits(row.held_micros),
+        "age_s": max(0, (now_ms - row.created_at) // 1000),
+        "reason": row.reason or {"held": "running", "sent": "queued at fal"}.get(row.state, row.state),
+    }

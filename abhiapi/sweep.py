@@ -1,0 +1,62 @@
+"""Holds that no living process will end: those of dead processes, and those past their deadline.
+
+A held call's answer was not seen by anybody and never will be, so its hold is released (contract 3.5, last row).
+Run when a process starts and on a timer; safe to run in several at once, since ending a hold is conditional.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from abhiapi import calls, processes
+from abhiapi.db import Tx
+from abhiapi.metering import released
+from abhiapi.runtime import Runtime
+
+log = logging.getLogger("abhiapi")
+
+BATCH = 200  # holds released in one transaction
+GRACE_MS = 30_000  # an answer may still be on its way to the ledger for this long after the deadline
+
+
+def run_once(runtime: Runtime) -> int:
+    """Release every hold that has nobody left to end it; how many."""
+    count = _sweep_overdue(runtime)
+    known = set(runtime.reader.read(processes.running)) | set(runtime.reader.read(calls.holding_processes))
+    for process_id in sorted(known - {runtime.process_id}):
+        if processes.reap(runtime.database.path, process_id):
+            count += _sweep_process(runtime, process_id)
+    if count:
+        runtime.metrics.swept.inc(count)
+        log.warning("released %d holds whose process or time was over", count)
+    return count
+
+
+def _sweep_overdue(runtime: Runtime) -> int:
+    def release(tx: Tx) -> int:
+        now = runtime.now_ms()
+        return _release(tx, calls.overdue(tx, now_ms=now - GRACE_MS, most=BATCH), "overdue", now)
+
+    return _until_none_left(runtime, release)
+
+
+def _sweep_process(runtime: Runtime, process_id: int) -> int:
+    def release(tx: Tx) -> int:
+        return _release(tx, calls.of_process(tx, process_id, most=BATCH), "process_died", runtime.now_ms())
+
+    count = _until_none_left(runtime, release)
+    runtime.write(lambda tx: processes.end(tx, process_id, now_ms=runtime.now_ms()), patience_s=30)
+    return count
+
+
+def _until_none_left(runtime: Runtime, release_batch: calls.BatchOp) -> int:
+    count = 0
+    while batch := runtime.write(release_batch, patience_s=30):
+        count += batch
+    return count
+
+
+def _release(tx: Tx, found: list[calls.OpenCall], reason: str, now_ms: int) -> int:
+    for call in found:
+        calls.finish(tx, call, released(reason), now_ms=now_ms)
+    return len(found)

@@ -1,0 +1,59 @@
+"""The tables of schema.sql as SQLAlchemy Core knows them. schema.sql is the truth; test_schema.py compares.
+
+Owns names and types only. Every column is an integer, a text or a blob, so no value is converted on its way in or
+out, whatever the engine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import BigInteger, Column, LargeBinary, MetaData, Table, Text
+
+metadata = MetaData()
+
+
+def _table(name: str, columns: str) -> Table:
+    """A table from ``"id:int! name:text"``: ``!`` marks the primary key, ``?`` a column that may be NULL."""
+    kinds = {"int": BigInteger, "text": Text, "blob": LargeBinary}
+    made: list[Column[Any]] = []
+    for column in columns.split():
+        label, kind = column.rstrip("!?").split(":")
+        made.append(Column(label, kinds[kind], primary_key=column.endswith("!"), nullable=column.endswith("?")))
+    return Table(name, metadata, *made)
+
+
+accounts = _table(
+    "accounts",
+    "account_id:int! name:text plan:text status:text balance_micros:int held_micros:int last_seq:int last_hash:blob"
+    " created_at:int",
+)
+keys = _table(
+    "keys",
+    "key_id:int! account_id:int digest:blob last_four:text name:text? status:text created_at:int expires_at:int?"
+    " last_used_at:int? replaces_key_id:int?",
+)
+price_versions = _table(
+    "price_versions",
+    "price_id:int! model:text unit:text unit_price_usd:text fal_unit_price_usd:text source:text first_used_at:int",
+)
+own_prices = _table(
+    "own_prices",
+    "own_price_id:int! model:text unit:text? unit_price_usd:text? margin:text? hold_micros:int? created_at:int",
+)
+processes = _table("processes", "process_id:int! pid:int started_at:int seen_at:int ended_at:int?")
+calls = _table(
+    "calls",
+    "call_id:int! account_id:int key_id:int price_id:int process_id:int mode:text state:text held_micros:int"
+    " charged_micros:int refunded_micros:int http_status:int? units:text? usage_source:text? fal_request_id:text?"
+    " fal_cost_nano_usd:int? reason:text? deadline_at:int created_at:int finished_at:int?",
+)
+entries = _table(
+    "entries",
+    "account_id:int! seq:int! kind:text amount_micros:int balance_after_micros:int call_id:int? ref:text? note:text?"
+    " created_at:int hash:blob",
+)
+usage_daily = _table(
+    "usage_daily",
+    "account_id:int! day:int! model:text! key_id:int! calls:int charged_micros:int fal_cost_nano_usd:int",
+)

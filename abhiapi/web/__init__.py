@@ -1,0 +1,93 @@
+"""The web application: Flask for our own pages and the /v1 routes, and before it the WSGI door for calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import simplejson
+from flask import Flask, Response
+from flask.json.provider import JSONProvider
+from flask_limiter import Limiter
+from werkzeug.exceptions import HTTPException
+
+from abhiapi import wire
+from abhiapi.errors import STATUS_NAMES, AbhiError, MethodNotAllowed, RateLimited, UnknownRoute
+from abhiapi.runtime import Runtime
+from abhiapi.web import api, proxy
+from abhiapi.web.caller import request_key
+
+# What Flask serves, or refuses: everything else is a call. The refused ones mint credentials at fal or reach into
+# the operator's account (contract 3.1), or will be served by the queue.
+_OWN_PATHS = frozenset(("/", "/healthz", "/metrics", "/docs", "/openapi.json", "/favicon.ico", "/robots.txt"))
+_OWN_ROOTS = frozenset(("v1", "dashboard", "static", "queue", "api", "tokens", "storage", ".well-known"))
+
+# Far above what any client does: the other routes are cheap, and counted apart from calls.
+V1_LIMIT = "600 per minute"
+
+WsgiApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+
+class ExactJson(JSONProvider):
+    """JSON whose amounts are exact: Decimals printed as the numbers they are."""
+
+    def dumps(self, obj: Any, **kwargs: Any) -> str:
+        return simplejson.dumps(obj, use_decimal=True, **kwargs)
+
+    def loads(self, s: str | bytes, **kwargs: Any) -> Any:
+        return simplejson.loads(s, use_decimal=True, **kwargs)
+
+
+def create_app(rt: Runtime) -> Flask:
+    """The application over a runtime."""
+    app = Flask("abhiapi", static_folder=None)
+    app.json = ExactJson(app)
+    app.extensions["abhiapi"] = rt
+    limiter = Limiter(
+        request_key,
+        app=app,
+        storage_uri=rt.limits.storage_uri,
+        strategy="moving-window",
+        headers_enabled=False,
+    )
+    app.register_blueprint(api.blueprint(limiter, V1_LIMIT))
+    app.register_error_handler(AbhiError, _error_reply)
+    app.register_error_handler(HTTPException, _http_error_reply)
+    app.wsgi_app = _door(rt, app.wsgi_app)  # type: ignore[assignment, method-assign]
+    return app
+
+
+def is_own_path(path: str) -> bool:
+    """Whether a path is one of ours rather than a model's at fal."""
+    return path in _OWN_PATHS or path.split("/", 2)[1] in _OWN_ROOTS or path.startswith("/fal-ai/queue/")
+
+
+def _door(rt: Runtime, flask_app: WsgiApp) -> WsgiApp:
+    """Calls go to the proxy, everything else to Flask."""
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        path: str = environ.get("PATH_INFO") or "/"
+        if path.startswith("/") and is_own_path(path):
+            return flask_app(environ, start_response)
+        return proxy.serve(rt, environ, start_response)
+
+    return application
+
+
+def _error_reply(error: AbhiError) -> Response:
+    response = Response(wire.error_body(error), status=error.status, content_type="application/json")
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(error.retry_after_s)
+    return response
+
+
+def _http_error_reply(error: HTTPException) -> Response:
+    code = error.code or 500
+    if code == 404:
+        return _error_reply(UnknownRoute("no such route here: models are called at /{any-fal-path}, see /docs"))
+    if code == 405:
+        return _error_reply(MethodNotAllowed("this route does not take that method, see /docs"))
+    if code == 429:
+        return _error_reply(RateLimited("too many requests to this route: slow down", retry_after_s=5))
+    plain = AbhiError(error.description or STATUS_NAMES.get(code, "Error"))
+    return Response(wire.error_body(plain, status=code), status=code, content_type="application/json")

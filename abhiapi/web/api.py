@@ -1,0 +1,184 @@
+"""Our own routes: /v1, /healthz, /metrics, and a first page. Views only: they read, shape, and answer."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+from datetime import date
+from typing import Any
+
+from flask import Blueprint, Response, jsonify, request
+from flask_limiter import Limiter
+
+from abhiapi import accounts, ids, jsonbytes, pricing, processes, reports, shapes
+from abhiapi.errors import BadRequest, DatabaseUnavailable, MalformedJson, NotFound, UnknownRoute
+from abhiapi.money import credits
+from abhiapi.runtime import HEALTH_PATIENCE_S
+from abhiapi.web.caller import caller, runtime
+
+PAGE_MAX, PAGE_DEFAULT = 200, 50
+ESTIMATE_BODY_BYTES_MAX = 1024 * 1024
+_LOOPBACK = ("127.0.0.1", "::1")
+
+
+def blueprint(limiter: Limiter, limit: str) -> Blueprint:
+    """The routes; those under /v1 are limited per key."""
+    routes = Blueprint("api", __name__)
+    routes.get("/")(index)
+    routes.get("/docs")(index)
+    routes.get("/healthz")(healthz)
+    routes.get("/metrics")(metrics)
+    for method, rule, view in (
+        ("GET", "/v1/account", account),
+        ("GET", "/v1/calls", list_calls),
+        ("GET", "/v1/calls/<call_id>", show_call),
+        ("GET", "/v1/usage", usage),
+        ("GET", "/v1/ledger", list_entries),
+        ("GET", "/v1/prices", prices),
+        ("POST", "/v1/estimate", estimate),
+    ):
+        routes.add_url_rule(rule, view_func=limiter.limit(limit)(view), methods=[method])
+    return routes
+
+
+def index() -> Response:
+    text = (
+        "AbhiAPI: a transparent, prepaid proxy in front of fal.ai.\n\n"
+        "Replace https://fal.run by this address, send your key in the header x-api-key, keep everything else.\n\n"
+        f'  curl -X POST {_base_url()}/fal-ai/flux/dev -H "x-api-key: sk-fal-your-key" \\\n'
+        '    -H "Content-Type: application/json" -d \'{"prompt": "a futuristic city at night"}\'\n\n'
+        "GET /v1/prices lists the models, GET /v1/account shows your balance, GET /healthz whether we are well.\n"
+    )
+    return Response(text, content_type="text/plain; charset=utf-8")
+
+
+def healthz() -> Response:
+    """200 while the database takes writes: one is made to find out."""
+    rt = runtime()
+    try:
+        rt.write(lambda tx: processes.seen(tx, rt.process_id, now_ms=rt.now_ms()), patience_s=HEALTH_PATIENCE_S)
+    except DatabaseUnavailable as error:
+        response = jsonify({"status": "unavailable", "reason": error.message})
+        response.status_code = 503
+        response.headers["Retry-After"] = "2"
+        return response
+    return jsonify({"status": "ok"})
+
+
+def metrics() -> Response:
+    rt = runtime()
+    token = rt.settings.metrics_token
+    if token is None:
+        # Behind a reverse proxy every peer is loopback, so whoever was forwarded is not.
+        if request.environ.get("REMOTE_ADDR") not in _LOOPBACK or "X-Forwarded-For" in request.headers:
+            raise UnknownRoute("no such route here")
+    elif not hmac.compare_digest(request.headers.get("Authorization", "").encode(), f"Bearer {token}".encode()):
+        raise UnknownRoute("no such route here")
+    return Response(rt.metrics.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def account() -> Response:
+    me = caller()
+    rt = runtime()
+    row = rt.read_aside(lambda tx: accounts.by_id(tx, me.account_id))
+    plan = rt.limits.plans[row.plan]
+    shape = shapes.account(row)
+    del shape["status"]
+    shape["limits"] = {"requests_per_minute": plan.requests_per_minute, "concurrent": plan.concurrent}
+    return jsonify(shape)
+
+
+def list_calls() -> Response:
+    me, most, cursor = caller(), _page_size(), request.args.get("cursor")
+    before = reports.FIRST if cursor is None else ids.parse_call(cursor)
+    if before is None:
+        raise BadRequest("cursor is none of ours: pass next_cursor of the page before")
+    rows = runtime().read_aside(
+        lambda tx: reports.newest_calls(tx, account_id=me.account_id, before=before, most=most + 1)
+    )
+    page = rows[:most]
+    more = ids.call_text(page[-1].call_id) if len(rows) > most else None
+    return jsonify({"calls": [shapes.call(row) for row in page], "next_cursor": more})
+
+
+def show_call(call_id: str) -> Response:
+    me = caller()
+    number = ids.parse_call(call_id)
+    row = None if number is None else runtime().read_aside(lambda tx: reports.call(tx, number))
+    if row is None or row.account != me.account:
+        raise NotFound("no call of this account has that id")
+    return jsonify(shapes.call(row))
+
+
+def usage() -> Response:
+    me = caller()
+    by = request.args.get("by", "day")
+    if by not in ("day", "model", "key"):
+        raise BadRequest("by is one of: day, model, key")
+    since, until = _day("since"), _day("until")
+    rows = runtime().read_aside(
+        lambda tx: reports.usage(tx, by, account_id=me.account_id, since=since, until=until)  # type: ignore[arg-type]
+    )
+    return jsonify({"rows": [shapes.usage(row) for row in rows], "total": _without_group(reports.total(rows))})
+
+
+def list_entries() -> Response:
+    me, most, cursor = caller(), _page_size(), request.args.get("cursor")
+    if cursor is not None and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):
+        raise BadRequest("cursor is none of ours: pass next_cursor of the page before")
+    before = reports.FIRST if cursor is None else int(cursor)
+    rows = runtime().read_aside(lambda tx: reports.newest_entries(tx, me.account_id, before=before, most=most + 1))
+    page = rows[:most]
+    more = str(page[-1].seq) if len(rows) > most else None
+    return jsonify({"entries": [shapes.entry(row) for row in page], "next_cursor": more})
+
+
+def prices() -> Response:
+    return jsonify({"prices": [shapes.price(price) for price in runtime().catalogue()]})
+
+
+def estimate() -> Response:
+    """What a call would hold."""
+    body = request.get_data(cache=False) if (request.content_length or 0) <= ESTIMATE_BODY_BYTES_MAX else b""
+    try:
+        wanted = jsonbytes.parse(body)
+    except ValueError as error:
+        raise MalformedJson(f"the body is not JSON: {error}") from error
+    if not isinstance(wanted, dict) or not isinstance(wanted.get("model"), str):
+        raise BadRequest('send {"model": "fal-ai/flux/dev", "input": {...}}')
+    call_input = wanted.get("input", {})
+    if not isinstance(call_input, Mapping):
+        raise BadRequest("input is the JSON object that the call would send")
+    unknown = set(wanted) - {"model", "input"}
+    if unknown:
+        raise BadRequest(f"unknown fields: {', '.join(sorted(unknown))}")
+    price = runtime().catalogue().price_of(wanted["model"].strip("/"))
+    ceiling = pricing.ceiling(price, call_input)
+    return jsonify({"model": price.model, "credits": credits(ceiling.amount_micros), "basis": ceiling.basis})
+
+
+def _without_group(row: reports.UsageRow) -> dict[str, Any]:
+    shape = shapes.usage(row)
+    del shape["group"]
+    return shape
+
+
+def _page_size() -> int:
+    text = request.args.get("limit", str(PAGE_DEFAULT))
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= PAGE_MAX):
+        raise BadRequest(f"limit is a whole number from 1 to {PAGE_MAX}")
+    return int(text)
+
+
+def _day(name: str) -> date | None:
+    text = request.args.get(name)
+    if text is None:
+        return None
+    try:
+        return reports.parse_day(text)
+    except ValueError as error:
+        raise BadRequest(f"{name}: {error}") from error
+
+
+def _base_url() -> str:
+    return runtime().settings.public_url or request.host_url.rstrip("/")

@@ -1,0 +1,192 @@
+"""HTTP to and from `gateway`: the WSGI door for calls. No decisions are made here.
+
+It stands before Flask, which would cost a fifth of the whole request and hand over a decoded path where the raw one
+counts (docs/decisions/0001).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from http.client import responses
+from typing import IO, Any
+from urllib.parse import parse_qsl, quote
+
+from abhiapi import gateway, jsonbytes, wire
+from abhiapi.errors import BodyIncomplete, BodyTooLarge, MalformedJson
+from abhiapi.http_adapter import FileBody
+from abhiapi.runtime import Runtime
+
+IN_MEMORY_BYTES = 256 * 1024  # larger request bodies lie in a temporary file while they wait for fal
+READ_BYTES = 64 * 1024
+_JSON_NAMES = {list: "an array", str: "a string", bool: "true or false", type(None): "null"}
+STALL_S = 60  # a caller that neither sends nor takes anything for this long has hung up
+
+Environ = dict[str, Any]
+StartResponse = Callable[..., Any]
+
+
+def serve(rt: Runtime, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+    """Answer one call."""
+    sock = environ.get("gunicorn.socket")
+    if sock is not None:
+        sock.settimeout(STALL_S)
+    with _Files() as files:
+        reply = gateway.run(rt, _request(rt, environ, files))
+    start_response(f"{reply.status} {responses.get(reply.status, 'Unknown')}", reply.headers)
+    return (reply.body,) if isinstance(reply.body, bytes) else _Closing(reply.body)
+
+
+class _Closing:
+    """An answer in pieces, with the ``close`` that WSGI servers call at its end, an error, or a hang-up."""
+
+    def __init__(self, body: gateway.MeteredBody) -> None:
+        self._body = body
+        self.close = body.close
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._body)
+
+
+def _request(rt: Runtime, environ: Environ, files: _Files) -> gateway.Request:
+    raw_uri = environ.get("RAW_URI") or _rebuilt_uri(environ)
+    path, _, query = raw_uri.partition("?")
+    headers = {name[5:].replace("_", "-").lower(): value for name, value in environ.items() if name[:5] == "HTTP_"}
+    if environ.get("CONTENT_TYPE"):
+        headers["content-type"] = environ["CONTENT_TYPE"]
+    return gateway.Request(
+        method=environ["REQUEST_METHOD"],
+        path=path,
+        query=query,
+        headers=headers,
+        read_body=lambda: _read_body(environ, rt.settings.max_body_bytes, headers.get("content-type"), query, files),
+    )
+
+
+def _rebuilt_uri(environ: Environ) -> str:
+    """The raw path where the server does not give it (Flask's test client): the decoded one, quoted again."""
+    path = quote(environ.get("PATH_INFO", "/").encode("latin-1"), safe="/!$&'()*+,;=:@~")
+    query = environ.get("QUERY_STRING", "")
+    return f"{path}?{query}" if query else path
+
+
+@dataclass(frozen=True, slots=True)
+class _Body:
+    content: Any
+    call_input: Mapping[str, Any]
+
+
+class _Files:
+    """Temporary files of one request, removed when it has been sent to fal."""
+
+    def __init__(self) -> None:
+        self._open: list[IO[bytes]] = []
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open:
+            file.close()
+
+    def new(self) -> IO[bytes]:
+        file = tempfile.TemporaryFile()
+        self._open.append(file)
+        return file
+
+
+def _read_body(environ: Environ, most: int, content_type: str | None, query: str, files: _Files) -> _Body:
+    """The request's body and what it says. Raises `BodyTooLarge`, `BodyIncomplete`, `MalformedJson`."""
+    announced = environ.get("CONTENT_LENGTH")
+    length = int(announced) if announced else None
+    if length is not None and length > most:
+        raise _too_large(most)
+    first = _read_up_to(environ["wsgi.input"], min(IN_MEMORY_BYTES, length if length is not None else IN_MEMORY_BYTES))
+    ended = len(first) == length if length is not None else len(first) < IN_MEMORY_BYTES
+    if ended:
+        return _Body(first or None, _input_of(first, content_type, query))
+    if len(first) < IN_MEMORY_BYTES:
+        raise BodyIncomplete("the request's body ended before its announced length: nothing was forwarded")
+    return _spool(environ["wsgi.input"], first, length, most, content_type, files)
+
+
+def _spool(
+    stream: IO[bytes], first: bytes, length: int | None, most: int, content_type: str | None, files: _Files
+) -> _Body:
+    """A large body, put into a file as it comes, and read without its long texts on the way."""
+    file = files.new()
+    shrinker = jsonbytes.Shrinker()
+    problem: ValueError | None = None
+    size, piece = 0, first
+    while piece:
+        size += len(piece)
+        if size > most:
+            raise _too_large(most)
+        file.write(piece)
+        try:
+            if problem is None:
+                shrinker.feed(piece)
+        except ValueError as error:
+            problem = error
+        remaining = READ_BYTES if length is None else min(READ_BYTES, length - size)
+        piece = _read_up_to(stream, remaining) if remaining else b""
+    if length is not None and size != length:
+        raise BodyIncomplete("the request's body ended before its announced length: nothing was forwarded")
+    try:
+        if problem is not None:
+            raise problem
+        call_input = _object(shrinker.end())
+    except ValueError as error:
+        if wire.is_json_type(content_type):
+            raise MalformedJson(f"the request's body is not a JSON object: {error}") from error
+        call_input = {}
+    return _Body(FileBody(file, size), call_input)
+
+
+def _input_of(body: bytes, content_type: str | None, query: str) -> Mapping[str, Any]:
+    """What a call asks for: its JSON object, or the query of a call without a body (fal-protocol 1.5).
+
+    A body that does not call itself JSON is read if it is JSON all the same, since fal may do so too.
+    """
+    if not body:
+        return dict(_pairs(query))
+    try:
+        return _object(body)
+    except ValueError as error:
+        if wire.is_json_type(content_type):
+            raise MalformedJson(f"the request's body is not a JSON object: {error}") from error
+        return {}
+
+
+def _object(document: bytes) -> Mapping[str, Any]:
+    value = jsonbytes.parse(document)
+    if not isinstance(value, dict):
+        raise ValueError(f"it is {_JSON_NAMES.get(type(value), 'a number')}")
+    return value
+
+
+def _pairs(query: str) -> Iterator[tuple[str, str]]:
+    try:
+        yield from parse_qsl(query, max_num_fields=1000)
+    except ValueError:
+        return
+
+
+def _read_up_to(stream: IO[bytes], amount: int) -> bytes:
+    """Read ``amount`` bytes or to the end, however small the pieces they come in."""
+    pieces = []
+    while amount > 0:
+        try:
+            piece = stream.read(amount)
+        except OSError as error:
+            raise BodyIncomplete("the request's body broke off: nothing was forwarded") from error
+        if not piece:
+            break
+        pieces.append(piece)
+        amount -= len(piece)
+    return b"".join(pieces)
+
+
+def _too_large(most: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the request's body is larger than {most} bytes: send large inputs as URLs")

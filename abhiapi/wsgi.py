@@ -1,0 +1,30 @@
+"""The application of a serving process: settings from the environment, runtime, timers, `create_app`.
+
+Imported by each worker after gevent has patched the standard library. `app.py` and the installed command both
+point here.
+"""
+
+from __future__ import annotations
+
+import gevent
+
+from abhiapi import runtime, sweep
+from abhiapi.errors import AbhiError
+from abhiapi.settings import Settings
+from abhiapi.web import create_app
+
+
+def sweep_for_ever(rt: runtime.Runtime) -> None:
+    """Look for holds that nobody will end, as often as the settings say."""
+    while True:
+        gevent.sleep(rt.settings.reconcile_interval_s)
+        try:
+            sweep.run_once(rt)
+        except AbhiError as error:  # the database's trouble: the next round tries again
+            runtime.log.warning("the sweep will be tried again: %s", error.message)
+
+
+rt = runtime.start(Settings.from_env())
+sweep.run_once(rt)  # holds of a process that was killed end before the first call comes in
+gevent.spawn(sweep_for_ever, rt)
+app = create_app(rt)
