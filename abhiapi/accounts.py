@@ -9,6 +9,7 @@ from sqlalchemy import bindparam, insert, select, update
 from abhiapi import tables
 from abhiapi.db import Row, Tx
 from abhiapi.errors import BadRequest, NotFound, Refused
+from abhiapi.ids import parse_key_id
 from abhiapi.money import Micros
 
 PLANS = ("free", "pro")
@@ -58,8 +59,8 @@ def check_name(name: str) -> None:
     """Raises `BadRequest` for a name that could be mistaken for something else, or not be typed again."""
     if not 1 <= len(name) <= 64 or not name.isprintable() or name != name.strip():
         raise BadRequest("an account's name has 1 to 64 printable characters and no space at its ends")
-    if name.startswith(("sk-fal-", "-")):
-        raise BadRequest("an account's name cannot start with 'sk-fal-' or '-'")
+    if name.startswith(("sk-fal-", "-")) or parse_key_id(name) is not None:
+        raise BadRequest("an account's name cannot start with 'sk-fal-' or '-', or be a key's id such as key_1")
 
 
 def find(tx: Tx, name: str) -> Account | None:

@@ -1,8 +1,8 @@
 """The single writer of a serving process: gathers small operations into one durable transaction (group commit).
 
-Greenlets hand over an operation and wait. A writer greenlet runs what has gathered, each operation behind a
-savepoint of its own, so that one that fails takes no neighbour with it, and commits in a native thread with
-``synchronous=FULL``. A greenlet learns the outcome only after the commit: whoever was told of a write still has it
+Greenlets hand over an operation and wait. A writer greenlet runs what has gathered and commits it in a native thread
+with ``synchronous=FULL``. An operation that fails takes no neighbour with it: if it had written anything, the group is
+undone and run again without it. A greenlet learns the outcome only after the commit: whoever was told of a write still has it
 after a power cut. Statements run in the event loop (they touch memory, some 10 microseconds each); the disk is
 waited for in the thread, and another process's lock is waited for without blocking, by trying again.
 """
@@ -105,24 +105,43 @@ class GroupCommitter:
             self._disconnect()  # whatever it was, a fresh connection sees the disk as it is then
         now = monotonic()
         for ticket in pending:
-            if ticket.deadline <= now:
+            if ticket.deadline <= now and not ticket.done.is_set():
                 ticket.error = trouble
                 ticket.done.set()
         return deque(ticket for ticket in pending if not ticket.done.is_set())
 
     def _commit(self, group: list[_Ticket]) -> None:
+        """Run and commit a group. Raises the database's trouble; an operation's own error goes to its ticket."""
         connection, tx = self._connected()
+        while not self._run_group(connection, tx, group):
+            for ticket in group:
+                if ticket.error is not None:
+                    ticket.done.set()
+            group = [ticket for ticket in group if ticket.error is None]
+        for ticket in group:
+            ticket.done.set()
+
+    def _run_group(self, connection: sqlite3.Connection, tx: Tx, group: list[_Ticket]) -> bool:
+        """Run a group in one transaction; False if it was undone because an operation failed after writing."""
         connection.execute("BEGIN IMMEDIATE")
         try:
             with marked():
                 for ticket in group:
-                    _run_one(connection, tx, ticket)
+                    before = connection.total_changes
+                    ticket.result = ticket.error = None
+                    try:
+                        ticket.result = ticket.op(tx)
+                    except Exception as error:
+                        if is_trouble(error):
+                            raise
+                        ticket.error = error
+                        if connection.total_changes != before:
+                            return False
             self._thread.apply(connection.execute, ("COMMIT",))
+            return True
         finally:
             if connection.in_transaction:
                 _roll_back(connection)
-        for ticket in group:
-            ticket.done.set()
 
     def _connected(self) -> tuple[sqlite3.Connection, Tx]:
         """The writer's connection, to the file that stands at the path now."""
@@ -141,20 +160,6 @@ class GroupCommitter:
         if self._connection is not None:
             self._thread.apply(self._connection.close)
         self._connection = None
-
-
-def _run_one(connection: sqlite3.Connection, tx: Tx, ticket: _Ticket) -> None:
-    """Run one operation behind a savepoint. The database's own trouble ends the group; other errors are the ticket's."""
-    ticket.result = ticket.error = None
-    connection.execute("SAVEPOINT op")
-    try:
-        ticket.result = ticket.op(tx)
-    except Exception as error:
-        if is_trouble(error):
-            raise
-        connection.execute("ROLLBACK TO op")
-        ticket.error = error
-    connection.execute("RELEASE op")
 
 
 def _roll_back(connection: sqlite3.Connection) -> None:

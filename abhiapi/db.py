@@ -133,6 +133,7 @@ class Database:
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA temp_store = MEMORY")
             connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+            connection.execute("PRAGMA wal_autocheckpoint = 8000")  # 32 MB: fewer pages are written twice
             connection.execute("PRAGMA journal_size_limit = 67108864")
         except sqlite3.Error as error:
             raise translated(error) from error

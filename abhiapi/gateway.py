@@ -135,15 +135,16 @@ def _admitted(rt: Runtime, caller: keys.Caller, call_id: int, request: Request, 
     if not model:
         raise ForbiddenPath("the path names no model")
     price = rt.catalogue(caller.own_price_id).price_of(model)
+    query = wire.forwarded_query(request.query)
+    target = request.path + ("?" + query if query else "")
+    headers = wire.request_headers(request.headers.items())
     body = request.read_body()
     held_micros = pricing.ceiling(price, body.call_input).amount_micros
     open_call = calls.OpenCall(call_id, caller.account_id, caller.key_id, model, held_micros)
     _hold(rt, caller, open_call, price, "stream" if streamed else "sync")
     call = _Call(open_call, price, body.call_input, dialect)
-    query = wire.forwarded_query(request.query)
-    target = request.path + ("?" + query if query else "")
     try:
-        reply = rt.fal_run.send(request.method, target, wire.request_headers(request.headers.items()), body.content)
+        reply = rt.fal_run.send(request.method, target, headers, body.content)
         return _answer(rt, call, reply)
     except UpstreamError as error:
         return _failed(rt, call, error)
@@ -266,7 +267,7 @@ def _settle(
             "fal answered, and the charge could not be written down, so the answer is withheld. "
             "It is settled as soon as the database takes writes again"
         ) from error
-    rt.metrics.calls.labels(verdict.end).inc()
+    rt.metrics.ended[verdict.end].inc()
     rt.metrics.fal_seconds.observe(monotonic() - call.started)
     rt.metrics.credits.inc(outcome.charge_micros)
     if outcome.charge_micros > call.open.held_micros:

@@ -22,7 +22,8 @@ SHRUNK_MAX = 4 * 1024 * 1024  # a document that is still larger without its long
 _PLAIN = re.compile(rb'[^"\\\x00-\x1f]*')
 _TO_QUOTE = re.compile(rb'[^"]*')
 _ESCAPE = re.compile(rb'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
-_LONG_TEXT = b'"(a long text)"'
+_LONG_NAME = b'"(a long name)"'
+_LONG_TEXT = b"true"  # no text at all, so that nobody counts its characters or reads it as a parameter
 
 
 class Splicer:
@@ -85,7 +86,7 @@ def parse(document: bytes) -> Any:
     Strict where Python is lenient: UTF-8 only, no NaN or Infinity.
     """
     try:
-        return json.loads(document.decode("utf-8"), parse_float=Decimal, parse_constant=_refuse)
+        return _DECODER.decode(document.decode("utf-8"))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
@@ -103,6 +104,9 @@ def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
 
 
+_DECODER = json.JSONDecoder(parse_float=Decimal, parse_constant=_refuse)
+
+
 class Shrinker:
     """A copy of a JSON document without its long texts, made while the document passes in pieces.
 
@@ -116,6 +120,7 @@ class Shrinker:
         self._rest = b""  # an escape that the last piece cut
         self._string_start: int | None = None  # where in the copy the string began that we are in
         self._leaving_out = False
+        self._left_out = False  # a long string has just ended: whether it was a name or a text is still to be seen
 
     def feed(self, piece: bytes) -> None:
         self._decoder.decode(piece)
@@ -130,11 +135,16 @@ class Shrinker:
         self._decoder.decode(b"", True)
         if self._string_start is not None:
             raise ValueError("it ends inside a string")
+        if self._left_out:
+            self._out += _LONG_TEXT
         return bytes(self._out)
 
     def _outside(self, data: bytes, at: int) -> int:
         found = _TO_QUOTE.match(data, at)
         end = found.end() if found else at
+        if self._left_out and (follows := data[at : end + 1].lstrip(_SPACE)):
+            self._out += _LONG_NAME if follows.startswith(b":") else _LONG_TEXT
+            self._left_out = False
         self._out += data[at:end]
         if end < len(data):
             self._string_start = len(self._out)
@@ -168,6 +178,7 @@ class Shrinker:
             self._out += text
 
     def _close_string(self, at: int) -> int:
-        self._out += _LONG_TEXT if self._leaving_out else b'"'
-        self._string_start, self._leaving_out = None, False
+        if not self._leaving_out:
+            self._out += b'"'
+        self._left_out, self._leaving_out, self._string_start = self._leaving_out, False, None
         return at + 1

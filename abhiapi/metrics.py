@@ -18,6 +18,7 @@ class Metrics:
         self.calls = Counter(
             "abhiapi_calls", "Calls forwarded to fal, by how their hold ended", ["end"], registry=self.registry
         )
+        self.ended = {end: self.calls.labels(end) for end in ("settled", "released", "unknown")}
         self.refused = Counter(
             "abhiapi_refused", "Calls refused before fal heard of them, by error type", ["type"], registry=self.registry
         )

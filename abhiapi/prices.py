@@ -5,15 +5,19 @@ What a price *is* lives in `pricing`; this module only reads and writes. Both ta
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal
 
 from sqlalchemy import bindparam, func, insert, select
 
-from abhiapi import tables
+from abhiapi import tables, wire
 from abhiapi.db import Tx
+from abhiapi.errors import BadRequest
 from abhiapi.ids import time_text
 from abhiapi.money import Micros
 from abhiapi.pricing import OwnPrice, Price, decimal_text
+
+_MODEL = re.compile(r"[\w.-]+(/[\w.-]+)+", re.ASCII)
 
 _o = tables.own_prices.c
 _v = tables.price_versions.c
@@ -75,6 +79,16 @@ def set_own(
         hold_micros=hold_micros,
         created_at=now_ms,
     )
+
+
+def check_model(text: str) -> str:
+    """The model that an operator's text names. Raises `BadRequest` for what no call could ever name."""
+    model, streamed = wire.endpoint_of(text)
+    if streamed:
+        raise BadRequest(f"the price of a model covers its /stream: set it for {model}")
+    if not _MODEL.fullmatch(model) or {".", ".."} & set(model.split("/")):
+        raise BadRequest(f"{text!r} is no model: write its path at fal.run, such as fal-ai/flux/dev")
+    return model
 
 
 def version_of(tx: Tx, price: Price, *, now_ms: int) -> int:

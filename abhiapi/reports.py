@@ -6,6 +6,7 @@ by key, newest first: ``cursor`` is the last id or seq of the page before.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal
@@ -75,6 +76,9 @@ _NEWEST_ENTRIES = (
     .order_by(_e.seq.desc())
     .limit(bindparam("most"))
 )
+_ONE_ENTRY = select(*_ENTRY_COLUMNS).where(_e.account_id == bindparam("account"), _e.seq == bindparam("number"))
+_CHARGE_OF = select(*_ENTRY_COLUMNS).where(_e.call_id == bindparam("call"), _e.kind == literal_column("'charge'"))
+_KEEPER = select(_c.process_id, _c.deadline_at).where(_c.call_id == bindparam("call"))
 _ALL_ENTRIES = (
     select(*_ENTRY_COLUMNS, _a.name)
     .join_from(tables.entries, tables.accounts, _e.account_id == _a.account_id)
@@ -152,7 +156,26 @@ def newest_entries(tx: Tx, account_id: int, *, before: int = FIRST, most: int = 
     return [EntryRow(*row) for row in tx.all(_NEWEST_ENTRIES, account=account_id, before=before, most=most)]
 
 
-def all_entries(tx: Tx) -> Any:
+def entry(tx: Tx, account_id: int, seq: int) -> EntryRow | None:
+    row = tx.one(_ONE_ENTRY, account=account_id, number=seq)
+    return EntryRow(*row) if row else None
+
+
+def charge_of(tx: Tx, call_id: int) -> EntryRow | None:
+    """The entry that charged a call; None where it was free, or has not ended."""
+    row = tx.one(_CHARGE_OF, call=call_id)
+    return EntryRow(*row) if row else None
+
+
+def keeper(tx: Tx, call_id: int) -> tuple[int, int]:
+    """The process that works on a call, and the call's deadline. The call must exist."""
+    row = tx.one(_KEEPER, call=call_id)
+    if row is None:
+        raise AssertionError(f"call {call_id} is gone")
+    return row[0], row[1]
+
+
+def all_entries(tx: Tx) -> Iterator[tuple[EntryRow, str]]:
     """Every entry of every account as (EntryRow, account name), in order, in bounded memory."""
     return ((EntryRow(*row[:-1]), row[-1]) for row in tx.each(_ALL_ENTRIES))
 

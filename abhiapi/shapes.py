@@ -43,6 +43,17 @@ def key(row: Key, *, now_ms: int) -> Json:
     }
 
 
+def new_key(text: str, row: Key) -> Json:
+    """A key just made: the only shape that holds the key itself."""
+    return {
+        "key": text,
+        "id": ids.key_text(row.key_id),
+        "account": row.account,
+        "name": row.name,
+        "expires_at": ids.time_text(row.expires_at),
+    }
+
+
 def call(row: CallRow, *, for_operator: bool = False) -> Json:
     shape: Json = {
         "call_id": ids.call_text(row.call_id),
@@ -70,8 +81,10 @@ def call(row: CallRow, *, for_operator: bool = False) -> Json:
     return shape
 
 
-def entry(row: EntryRow) -> Json:
+def entry(row: EntryRow, *, account: str | None = None) -> Json:
+    """An entry; with the account's name where those of several stand together."""
     return {
+        **({} if account is None else {"account": account}),
         "entry_id": ids.entry_text(row.account_id, row.seq),
         "seq": row.seq,
         "kind": row.kind,

@@ -36,7 +36,7 @@ class Request:
 
     @property
     def prompt(self) -> str:
-        texts = (self.call_input.get(name) for name in ("prompt", "text"))
+        texts = (self.call_input.get(name) for name in ("prompt", "text", self.rule.estimate.text_param))
         return next((text for text in texts if isinstance(text, str)), "")
 
     @property

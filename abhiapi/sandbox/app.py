@@ -90,7 +90,7 @@ class Sandbox:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
-        if path == "/_sandbox" or path.startswith("/_sandbox/"):
+        if path in ("/", "/_sandbox") or path.startswith("/_sandbox/"):
             return _respond(control.answer(self, environ), start_response)
         if path.startswith(files.PREFIX):
             return _serve_file(environ, start_response)
@@ -208,7 +208,7 @@ def _outcome(call: _Call, wanted: Weather, rule: PriceRule) -> _Outcome:
     if call.body is None:
         return _Outcome(replies.of_json(413, {"detail": "Request body too large"}), None)
     call_input, problems = _input(call)
-    model = model_of(rule.model)
+    model = model_of(rule)
     if not wanted.answers_anything:
         problems = problems or validation.problems(model, rule.estimate, call_input, call.received.body_length)
         if problems:
@@ -227,7 +227,7 @@ def _outcome(call: _Call, wanted: Weather, rule: PriceRule) -> _Outcome:
     reply = replies.odd(status, wanted.body) if wanted.body is not None else replies.of_json(status, answer)
     if status == 204:
         reply = replies.of_bytes(status, b"")
-    return _Outcome(reply, billed_units(rule.estimate, call_input, work), rule)
+    return _Outcome(reply, billed_units(rule, call_input, work), rule)
 
 
 def _input(call: _Call) -> tuple[Mapping[str, Any], list[validation.Problem]]:

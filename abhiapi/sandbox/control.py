@@ -1,4 +1,7 @@
-"""The simulator's own pages under ``/_sandbox``: order weather, release what waits, see calls and bill."""
+"""The simulator's own pages under ``/_sandbox``: order weather, release what waits, see calls and bill.
+
+The first of them, which says what is imitated, stands at ``/`` too.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +141,7 @@ What it does not imitate
   anything that depends on what a picture or prompt shows: filters, refusals, the size of a remote image
     (which counts as 1024 x 1024, unless its URL is one of this simulator's), the real time a model takes
   parameters beyond those above; fal's exact rounding of megapixels, which fal does not publish
-  compute seconds: a made-up number, the same for the same input
+  compute seconds, and units of fal's own making: made-up numbers, the same for the same input
   JPEG and WebP: pictures are PNG, sounds WAV, whatever was asked for, and the answers say so; clips are silent,
     at most 4096 pixels a side and 60 s; sizes are null where fal's partners leave them null
   limits on concurrency, unless the weather says 429
@@ -162,6 +165,7 @@ Weather: how the next answers go wrong
   slow_head          the head byte by byte, with so many seconds between
   size_bytes         a JSON object of that many bytes
   echo               1: the request body's sha256 and length
+  (with size_bytes and echo the input is not looked at, and the call is billed as 1 unit)
   all keys: {keys}
 
 What it received and billed

@@ -1,7 +1,7 @@
 """What fal's models are like from outside: which input they want, and which family of answer they give.
 
-Pure knowledge, read off the endpoint id, which is all that a path tells. Sources: fal-protocol 2.3 and 9.1, fal's
-generated client types; seen 2026-11-22.
+Pure knowledge, read off the endpoint id and, where that leaves it open, off what the price rule counts. Sources:
+fal-protocol 2.3 and 9.1, fal's generated client types; seen 2026-11-22.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
+
+from abhiapi.pricing import PriceRule
 
 Shape = Literal["image", "partner", "picture", "video", "audio", "text", "mesh"]
 
@@ -36,14 +38,14 @@ class Model:
 STAND_INS = {
     "image_url": ("image_urls", "start_image_url", "first_frame_url", "input_image_url", "reference_image_urls"),
     "image_urls": ("image_url", "image_urls", "reference_image_urls"),
-    "prompt": ("multi_prompt", "messages"),
-    "text": ("prompt", "input", "gen_text", "script"),
+    "prompt": ("multi_prompt", "messages", "text"),
+    "text": ("prompt", "input"),
 }
 
-_VIDEO_UPSCALERS = ("upscale/video", "video-to-video", "video-upscaler")
+_VIDEO_TOOLS = ("upscale/video", "video-to-video", "video-upscaler")
 _PICTURE_TOOLS = ("upscal", "esrgan", "aura-sr", "ccsr", "birefnet", "background/remove", "remove-background")
 _TEXT = ("any-llm", "openrouter", "moondream", "florence", "llava", "speech-to-text", "whisper", "wizper", "scribe")
-_AUDIO = ("tts", "speech", "audio", "music", "elevenlabs", "kokoro", "chatterbox", "/dia-")
+_AUDIO = ("tts", "speech", "text-to-audio", "stable-audio", "music", "elevenlabs", "kokoro", "chatterbox")
 _MESH = ("trellis", "hunyuan3d", "meshy", "triposr", "/3d")
 _PICTURES = ("text-to-image", "image-to-image", "grok-imagine-image", "qwen-image", "hunyuan-image")
 _VIDEO = (
@@ -52,14 +54,20 @@ _VIDEO = (
 _PARTNERS = (
     "nano-banana", "gpt-image", "seedream", "gemini", "imagen", "grok-imagine-image", "ideogram", "recraft", "wan/",
 )  # fmt: skip
-_NO_PROMPT = ("redux", "reframe", "remove", "mmaudio")
+_NO_PROMPT = ("redux", "reframe", "remove")
 _SEVERAL_IMAGES = ("nano-banana", "gpt-image", "seedream", "flux-2", "hunyuan-image", "gemini", "reference-to-video")
 _EDITS = ("/edit", "-edit", "/fill", "/redux", "inpaint", "image-to-image", "image-to-video", "frame-to-video")
 
 
+def model_of(rule: PriceRule) -> Model:
+    return _model_of(rule.model, rule.estimate.kind, rule.estimate.text_param)
+
+
 @lru_cache(maxsize=4096)
-def model_of(endpoint_id: str) -> Model:
-    if _any(endpoint_id, _VIDEO_UPSCALERS):
+def _model_of(endpoint_id: str, kind: str, text_param: str) -> Model:
+    if kind == "characters":
+        return Model("audio", (text_param,))
+    if _any(endpoint_id, _VIDEO_TOOLS):
         return Model("video", ("video_url",), sized_video=True)
     if _any(endpoint_id, _PICTURE_TOOLS):
         enlarges = not _any(endpoint_id, ("birefnet", "background"))
@@ -68,11 +76,13 @@ def model_of(endpoint_id: str) -> Model:
         listens = _any(endpoint_id, ("speech-to-text", "whisper", "wizper", "scribe"))
         return Model("text", ("audio_url",) if listens else ("prompt",))
     if _any(endpoint_id, _AUDIO):
-        spoken = _any(endpoint_id, ("tts", "speech", "kokoro", "chatterbox", "/dia-"))
-        return Model("audio", ("text",) if spoken else () if "mmaudio" in endpoint_id else ("prompt",))
+        return Model("audio", ("text" if _any(endpoint_id, ("tts", "speech")) else "prompt",))
+    if "mmaudio" in endpoint_id:  # adds sound to a clip
+        return Model("video", ("video_url", "prompt"))
     if _any(endpoint_id, _MESH):
-        return Model("mesh", ())
-    if _any(endpoint_id, _VIDEO) and not _any(endpoint_id, _PICTURES):
+        return Model("mesh", ("prompt",) if "text-to-3d" in endpoint_id else ("image_url",))
+    makes_pictures = kind in ("images", "megapixels") or _any(endpoint_id, _PICTURES)
+    if _any(endpoint_id, _VIDEO) and not makes_pictures:
         durations, seconds = _durations(endpoint_id)
         sized = _any(endpoint_id, ("sora", "grok", "wan/v2.7"))
         return Model("video", _required(endpoint_id), 4, durations, seconds, sized)

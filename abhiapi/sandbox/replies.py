@@ -49,8 +49,12 @@ def of_bytes(status: int, body: bytes, content_type: str = JSON, headers: Header
 
 
 def of_json(status: int, value: Any, headers: Headers = ()) -> Reply:
-    """As fal's framework prints JSON: compact, UTF-8 unescaped."""
-    return of_bytes(status, json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode(), JSON, headers)
+    """As fal's framework prints JSON: compact, and unescaped but for what UTF-8 cannot say (lone surrogates)."""
+    try:
+        body = json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        body = json.dumps(value, separators=(",", ":")).encode()
+    return of_bytes(status, body, JSON, headers)
 
 
 def gzipped(reply: Reply) -> Reply:

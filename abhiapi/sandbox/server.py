@@ -37,8 +37,14 @@ class _Handler(WSGIHandler):  # type: ignore[misc, unused-ignore]  # gevent may 
 
 def serve(bind_host: str, port: int, sandbox: Sandbox) -> WSGIServer:
     """A started server; with port 0 its ``server_port`` tells which one it got. ``serve_forever()`` blocks."""
+    return serve_on((bind_host, port), sandbox)
+
+
+def serve_on(listener: Any, sandbox: Sandbox) -> WSGIServer:
+    """As `serve`, on an address or on a gevent socket that listens already."""
+    backlog = BACKLOG if isinstance(listener, tuple) else None  # a listening socket has its own
     server = WSGIServer(
-        (bind_host, port), sandbox, backlog=BACKLOG, spawn=Pool(), log=None, error_log=None, handler_class=_Handler
+        listener, sandbox, backlog=backlog, spawn=Pool(), log=None, error_log=None, handler_class=_Handler
     )
     server.start()
     return server

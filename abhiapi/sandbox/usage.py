@@ -13,7 +13,7 @@ from decimal import Decimal, localcontext
 from typing import Any
 
 from abhiapi.money import EXACT
-from abhiapi.pricing import Estimate
+from abhiapi.pricing import Estimate, PriceRule
 
 MEGAPIXEL = 1_000_000
 TOKEN_PIXELS, TOKEN_FPS = 1_024, 24
@@ -30,12 +30,14 @@ class Work:
     compute_ms: int = 0
 
 
-def billed_units(estimate: Estimate, call_input: Mapping[str, Any], work: Work) -> Decimal:
+def billed_units(rule: PriceRule, call_input: Mapping[str, Any], work: Work) -> Decimal:
+    estimate = rule.estimate
     with localcontext(EXACT):
-        return _rate(estimate, call_input) * _quantity(estimate, work) + estimate.surcharge
+        return _rate(estimate, call_input) * _quantity(rule, work) + estimate.surcharge
 
 
-def _quantity(estimate: Estimate, work: Work) -> Decimal:
+def _quantity(rule: PriceRule, work: Work) -> Decimal:
+    estimate = rule.estimate
     match estimate.kind:
         case "images":
             return Decimal(max(1, len(work.pictures)))
@@ -50,8 +52,11 @@ def _quantity(estimate: Estimate, work: Work) -> Decimal:
             return Decimal(work.characters) / 1_000
         case "fixed":
             return Decimal(1)
-        case _:
+        case _ if "compute" in rule.unit:
             return Decimal(work.compute_ms) / 1_000
+        case _:  # units of fal's own making: some part of the most there can be, the same for the same input
+            part = Decimal(500 + work.compute_ms % 500) / 1_000
+            return part * estimate.maximum * max(1, len(work.pictures))
 
 
 def _megapixels(pixels: int) -> int:

@@ -1,0 +1,161 @@
+"""How commands speak: JSON or plain tables on stdout, messages on stderr, and failures as one line.
+
+Amounts come as exact Decimals and are printed without exponents. Nothing that could steer a terminal, and no whole
+key, gets through to one.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+import click
+
+from abhiapi.errors import AbhiError, SettingsError
+
+Json = Mapping[str, Any]
+
+_KEY = re.compile(r"sk-fal-[0-9A-Za-z]{5,}")
+_TIME = re.compile(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)\.\d{3}Z")
+_GAP = "  "
+_FLEXIBLE = ("model", "note", "source", "message", "account", "name", "reason")  # cut first on a narrow terminal
+_FLEXIBLE_LEAST = 12
+
+
+class Failure(click.ClickException):
+    """An expected failure: exit 1 and one line that says why, or exit 2 and a line for every bad setting."""
+
+    exit_code = 1
+
+    def __init__(self, error: AbhiError) -> None:
+        super().__init__(error.message)
+        self.lines = [error.message]
+        if isinstance(error, SettingsError):
+            self.exit_code = 2
+            self.lines = error.problems
+
+    def show(self, file: Any = None) -> None:
+        for line in self.lines:
+            click.echo(f"error: {masked(' '.join(line.split()))}", err=True, file=file)
+
+
+class Program(click.Group):
+    """The top of the command line: every expected error of the library becomes a `Failure`. Bugs keep their traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AbhiError as error:
+            raise Failure(error) from error
+        except click.ClickException as error:
+            error.message = masked(error.message)  # what was typed may be a key
+            raise
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order in which an operator meets them."""
+        return list(self.commands)
+
+
+def say(message: str) -> None:
+    """A message for the person at the terminal."""
+    click.echo(masked(message), err=True)
+
+
+def masked(text: str) -> str:
+    """Text with every key in it reduced to its last four characters."""
+    return _KEY.sub(lambda match: f"sk-fal-...{match[0][-4:]}", text)
+
+
+def print_json(value: Any, *, stream: Any = None) -> None:
+    """One line of JSON, numbers exact."""
+    import simplejson  # not at the top, for the sake of a quick --help
+
+    click.echo(simplejson.dumps(value, use_decimal=True), file=stream)
+
+
+def print_csv(rows: Iterable[Json], columns: Sequence[str]) -> None:
+    """Comma-separated values with a heading, a row at a time."""
+    writer = csv.writer(click.get_text_stream("stdout"), lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow(["" if row[column] is None else _plain(row[column]) for column in columns])
+
+
+def print_one(shape: Json, *, as_json: bool) -> None:
+    """One thing: a line for each of its fields."""
+    if as_json:
+        print_json(shape)
+        return
+    width = max(map(len, shape))
+    for field, value in shape.items():
+        click.echo(f"{field:<{width}}{_GAP}{_cell(value)}")
+
+
+def print_rows(
+    rows: Sequence[Json], columns: Sequence[str], *, as_json: bool, none: str, envelope: Json | None = None
+) -> None:
+    """Many things: a JSON array (or the envelope around it), else a table of some columns; ``none`` if there are none."""
+    if as_json:
+        print_json(list(rows) if envelope is None else envelope)
+    elif not rows:
+        say(none)
+    else:
+        click.echo(table(rows, columns, width=shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
+
+
+def table(rows: Sequence[Json], columns: Sequence[str], *, width: int | None = None) -> str:
+    """Plain text in aligned columns, numbers to the right. ``width``: texts are cut to fit, if need be."""
+    cells = [[_cell(row[column]) for column in columns] for row in rows]
+    headings = [column.replace("_", " ").upper() for column in columns]
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    if width is not None:
+        _narrow(widths, columns, width)
+    right = [all(_is_number(row[column]) for row in rows) for column in columns]
+    lines = []
+    for line in [headings, *cells]:
+        texts = (_cut(text, wide) for text, wide in zip(line, widths, strict=True))
+        aligned = (
+            text.rjust(wide) if number else text.ljust(wide)
+            for text, wide, number in zip(texts, widths, right, strict=True)
+        )
+        lines.append(_GAP.join(aligned).rstrip())
+    return "\n".join(lines)
+
+
+def _narrow(widths: list[int], columns: Sequence[str], width: int) -> None:
+    """Take what is too much from the columns that can spare it."""
+    for column in _FLEXIBLE:
+        excess = sum(widths) + len(_GAP) * (len(widths) - 1) - width
+        if excess > 0 and column in columns:
+            at = columns.index(column)
+            widths[at] = max(min(widths[at], _FLEXIBLE_LEAST), widths[at] - excess)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _cell(value: Any) -> str:
+    """A value as one line of text; what came from outside cannot move the cursor or change colours."""
+    if value is None:
+        return "-"
+    text = _plain(value)
+    match = _TIME.fullmatch(text)
+    if match:
+        return f"{match[1]} {match[2]}"
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:f}" if isinstance(value, Decimal) else str(value)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | Decimal) and not isinstance(value, bool))

@@ -1,0 +1,45 @@
+"""Fixtures: a real database in a file, a clock that ticks when told, a real gunicorn before a real simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from abhiapi.db import Database
+from abhiapi.migrations import migrate
+from tests.harness import Books, Clock, Fal, Server
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Database:
+    """A fresh database of this version."""
+    made = Database(f"sqlite:///{tmp_path / 'abhiapi.db'}")
+    migrate(made)
+    return made
+
+
+@pytest.fixture(scope="session")
+def fal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fal]:
+    """One simulator for the whole run; each test looks at its own calls only."""
+    with Fal.started(tmp_path_factory.mktemp("fal")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def shared_server(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for tests that need no settings of their own; each makes its own account."""
+    with Server.started(tmp_path_factory.mktemp("shared"), fal.url) as running:
+        yield running
+
+
+@pytest.fixture
+def books(shared_server: Server) -> Books:
+    """The database of the shared server, as an operator would change it from another process."""
+    return shared_server.books

@@ -1,0 +1,259 @@
+"""The product as tests run it: real processes, real sockets, real files. No test waits by sleeping: see `until`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from select import select
+from typing import Any, TypeVar
+
+import requests
+
+from abhiapi import accounts, audit, keys, ledger, reports
+from abhiapi.db import Database, Tx
+from abhiapi.migrations import migrate
+from abhiapi.money import Micros
+
+T = TypeVar("T")
+ROOT = Path(__file__).resolve().parent.parent
+OPERATOR_KEY = "operator-id:0123456789abcdef-operator-secret"
+START_S = 30
+_numbers = count(1)
+
+
+class Clock:
+    """Milliseconds that pass only when told."""
+
+    def __init__(self, now_ms: int = 1_795_000_000_000) -> None:
+        self.now_ms = now_ms
+
+    def __call__(self) -> int:
+        return self.now_ms
+
+    def tick(self, milliseconds: int = 1) -> int:
+        self.now_ms += milliseconds
+        return self.now_ms
+
+
+def until(condition: Callable[[], T], *, what: str, within_s: float = 20) -> T:
+    """Wait for another process to reach a state that it has no way to announce; fails with ``what`` in time."""
+    deadline = time.monotonic() + within_s
+    while not (reached := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not reached within {within_s} s: {what}")
+        select([], [], [], 0.01)
+    return reached
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def environment(**settings: str) -> dict[str, str]:
+    """This process's environment without any setting of the product, and with these."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ABHIAPI_", "FAL_"))}
+    return kept | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | settings
+
+
+@dataclass
+class Process:
+    """A child process whose output goes to a file."""
+
+    popen: subprocess.Popen[bytes]
+    log: Path
+
+    @classmethod
+    def start(cls, arguments: list[str], log: Path, env: Mapping[str, str], cwd: Path = ROOT) -> Process:
+        with open(log, "ab") as out:
+            popen = subprocess.Popen(
+                [sys.executable, *arguments], cwd=cwd, env=dict(env), stdout=out, stderr=out, start_new_session=True
+            )
+        return cls(popen, log)
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def stop(self, with_signal: int = signal.SIGTERM, within_s: float = 30) -> int:
+        """Signal it and wait; its exit status."""
+        if self.popen.poll() is None:
+            self.popen.send_signal(with_signal)
+        try:
+            return self.popen.wait(within_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"did not end within {within_s} s:\n{self.output()}") from None
+
+    def kill(self) -> None:
+        """End it and its children at once, as a power cut would."""
+        try:
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.popen.wait(10)
+
+
+@dataclass
+class Fal:
+    """The simulator in a process of its own."""
+
+    process: Process
+    url: str
+
+    @classmethod
+    @contextmanager
+    def started(cls, folder: Path) -> Iterator[Fal]:
+        port = free_port()
+        process = Process.start(
+            ["cli.py", "sandbox", "--bind", f"127.0.0.1:{port}"], folder / "fal.log", environment()
+        )
+        running = cls(process, f"http://127.0.0.1:{port}")
+        try:
+            until(lambda: _answers(running.url + "/_sandbox/calls", process), what="the simulator answers")
+            yield running
+        finally:
+            process.kill()
+
+    def calls(self, contains: str = "") -> list[dict[str, Any]]:
+        """What it received, newest last; those whose body or path holds a text."""
+        received: list[dict[str, Any]] = requests.get(self.url + "/_sandbox/calls", timeout=10).json()["calls"]
+        return [call for call in received if contains in str(call)]
+
+    def release(self, name: str) -> None:
+        """Let the calls go on that wait by `hold_until`."""
+        requests.post(self.url + "/_sandbox/release", json={"name": name}, timeout=10).raise_for_status()
+
+
+@dataclass
+class Books:
+    """The ledger of a server, read and written from this process as the command line does it."""
+
+    database: Database
+    clock: Callable[[], int] = field(default=lambda: time.time_ns() // 1_000_000)
+
+    def write(self, op: Callable[[Tx], T]) -> T:
+        return self.database.write(op)
+
+    def read(self, op: Callable[[Tx], T]) -> T:
+        return self.database.read(op)
+
+    def account(self, credits: int = 1000, *, plan: str = "free") -> tuple[str, str]:
+        """A new account with whole credits, and its key: (name, key)."""
+        name = f"account-{next(_numbers)}-{os.getpid()}"
+
+        def make(tx: Tx) -> str:
+            account = accounts.create(tx, name, plan=plan, now_ms=self.clock())
+            if credits:
+                ledger.topup(
+                    tx, account.account_id, Micros(credits * 1000), ref=None, note=None, now_ms=self.clock()
+                )
+            return keys.create(tx, account.account_id, name=None, expires_at=None, now_ms=self.clock())[0]
+
+        return name, self.write(make)
+
+    def standing(self, name: str) -> tuple[int, int]:
+        """An account's (balance, held) in micros."""
+
+        def read(tx: Tx) -> tuple[int, int]:
+            account = accounts.find(tx, name)
+            assert account is not None
+            return account.balance_micros, account.held_micros
+
+        return self.read(read)
+
+    def calls(self, name: str) -> list[reports.CallRow]:
+        """An account's calls, newest first."""
+
+        def read(tx: Tx) -> list[reports.CallRow]:
+            account = accounts.find(tx, name)
+            assert account is not None
+            return reports.newest_calls(tx, account_id=account.account_id, most=10_000)
+
+        return self.read(read)
+
+    def entries(self, name: str) -> list[reports.EntryRow]:
+        """An account's entries, newest first."""
+
+        def read(tx: Tx) -> list[reports.EntryRow]:
+            account = accounts.find(tx, name)
+            assert account is not None
+            return reports.newest_entries(tx, account.account_id, most=10_000)
+
+        return self.read(read)
+
+    def verify(self) -> audit.Finding:
+        return self.read(audit.verify)
+
+
+@dataclass
+class Server:
+    """The proxy under a real gunicorn, started by its own command line."""
+
+    process: Process
+    url: str
+    books: Books
+    folder: Path
+    env: dict[str, str]
+
+    @classmethod
+    @contextmanager
+    def started(cls, folder: Path, fal_url: str, **settings: str) -> Iterator[Server]:
+        server = cls.start(folder, fal_url, **settings)
+        try:
+            yield server
+        finally:
+            server.process.kill()
+
+    @classmethod
+    def start(cls, folder: Path, fal_url: str, **settings: str) -> Server:
+        """Start on a database in ``folder`` (kept if there is one) and wait until it answers."""
+        port = free_port()
+        url = f"sqlite:///{folder / 'abhiapi.db'}"
+        env = environment(
+            **{
+                "FAL_KEY": OPERATOR_KEY,
+                "ABHIAPI_DATABASE_URL": url,
+                "ABHIAPI_FAL_RUN_URL": fal_url,
+                "ABHIAPI_RATE_PER_MINUTE": "100000",
+                "ABHIAPI_CONCURRENCY": "1000",
+            }
+            | settings
+        )
+        database = Database(url)
+        migrate(database)
+        process = Process.start(
+            ["cli.py", "serve", "--bind", f"127.0.0.1:{port}"], folder / "server.log", env, cwd=ROOT
+        )
+        server = cls(process, f"http://127.0.0.1:{port}", Books(database), folder, env)
+        until(lambda: _answers(server.url + "/healthz", process), what="the server answers", within_s=START_S)
+        return server
+
+    def post(
+        self, key: str, path: str = "/fal-ai/flux/dev", body: Any = None, *, weather: str = "", **more: Any
+    ) -> requests.Response:
+        """A call as a customer makes it, with the simulator's weather for it."""
+        headers = {"x-api-key": key} | more.pop("headers", {})
+        if weather:
+            headers["x-fal-sandbox"] = weather
+        if body is None:
+            body = {"prompt": "a cat", "image_size": "landscape_4_3"}
+        return requests.post(self.url + path, json=body, headers=headers, timeout=60, **more)
+
+
+def _answers(url: str, process: Process) -> bool:
+    if process.popen.poll() is not None:
+        raise AssertionError(f"ended with status {process.popen.returncode}:\n{process.output()}")
+    try:
+        return requests.get(url, timeout=5).ok
+    except requests.RequestException:
+        return False
