@@ -117,7 +117,8 @@ class _Chain:
         if row.seq != seq + 1:
             yield f"{name} follows number {seq}: an entry is missing"
         if row.balance_after_micros != balance:
-            yield f"{name} says a balance of {credits_text(row.balance_after_micros)}, the sum is {credits_text(balance)}"
+            said = credits_text(row.balance_after_micros)
+            yield f"{name} says a balance of {said}, the sum is {credits_text(balance)}"
         expected = entry_hash(
             previous,
             row.account_id,
@@ -144,7 +145,8 @@ def _account_problems(accounts: list[tuple[object, ...]], chain: _Chain, held: d
             yield f"account {name!r}: its chain ends at entry {seq}, its head says {last_seq}"
         open_holds = held.get(account_id, 0)  # type: ignore[call-overload]
         if held_micros != open_holds:
-            yield f"account {name!r}: held {credits_text(int(str(held_micros)))}, open calls hold {credits_text(open_holds)}"
+            said = credits_text(int(str(held_micros)))
+            yield f"account {name!r}: held {said}, open calls hold {credits_text(open_holds)}"
 
 
 def _call_problems(tx: Tx) -> Iterator[str]:

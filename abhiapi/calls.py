@@ -44,7 +44,10 @@ _u = tables.usage_daily.c
 _ADMIT = insert(tables.calls).values(
     {
         name: bindparam(name)
-        for name in ["call_id", "account_id", "key_id", "price_id", "process_id", "mode", "state", "held_micros", "deadline_at", "created_at", "charged_micros", "refunded_micros"]
+        for name in (
+            "call_id account_id key_id price_id process_id mode"
+            " state held_micros deadline_at created_at charged_micros refunded_micros"
+        ).split()
     }
 )
 
@@ -64,7 +67,10 @@ _FINISH = {
     .values(
         {
             name: bindparam(name)
-            for name in ["state", "charged_micros", "http_status", "units", "usage_source", "fal_request_id", "fal_cost_nano_usd", "reason", "finished_at"]
+            for name in (
+                "state charged_micros http_status units"
+                " usage_source fal_request_id fal_cost_nano_usd reason finished_at"
+            ).split()
         }
     )
     for target in ("settled", "released", "unknown")

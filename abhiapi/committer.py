@@ -2,9 +2,9 @@
 
 Greenlets hand over an operation and wait. A writer greenlet runs what has gathered and commits it in a native thread
 with ``synchronous=FULL``. An operation that fails takes no neighbour with it: if it had written anything, the group is
-undone and run again without it. A greenlet learns the outcome only after the commit: whoever was told of a write still has it
-after a power cut. Statements run in the event loop (they touch memory, some 10 microseconds each); the disk is
-waited for in the thread, and another process's lock is waited for without blocking, by trying again.
+undone and run again without it. A greenlet learns the outcome only after the commit: whoever was told of a write
+still has it after a power cut. Statements run in the event loop (they touch memory, some 10 microseconds each); the
+disk is waited for in the thread, and another process's lock is waited for without blocking, by trying again.
 """
 
 from __future__ import annotations

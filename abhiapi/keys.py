@@ -72,7 +72,7 @@ _CALLER = (
 _CREATE = insert(tables.keys).values(
     {
         name: bindparam(name)
-        for name in ["account_id", "digest", "last_four", "name", "status", "created_at", "expires_at", "replaces_key_id"]
+        for name in ("account_id digest last_four name status created_at expires_at replaces_key_id").split()
     }
 )
 _SET_STATUS = update(tables.keys).where(_k.key_id == bindparam("key")).values(status=bindparam("to_status"))
@@ -223,7 +223,7 @@ def set_status(tx: Tx, key: Key, status: str) -> Key:
 
 
 def rotate(tx: Tx, key: Key, *, grace_ms: int, now_ms: int) -> tuple[str, Key]:
-    """A new key in place of an old one, which goes on working for the grace period. Credit is the account's and stays."""
+    """A new key in place of an old one, which works on for the grace period. Credit is the account's and stays."""
     if key.status_at(now_ms) != "active":
         raise Refused(f"{key_text(key.key_id)} is {key.status_at(now_ms)}: only an active key is rotated")
     made = create(tx, key.account_id, name=key.name, expires_at=key.expires_at, now_ms=now_ms, replaces=key.key_id)

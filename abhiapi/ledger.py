@@ -119,7 +119,8 @@ def topup(tx: Tx, account_id: int, amount_micros: Micros, *, ref: str | None, no
             seq, kind, amount, balance_after = there
             if kind != "topup" or amount != amount_micros:
                 raise Refused(
-                    f"reference {ref!r} is already used by a {kind} of {credits_text(amount)} credits: nothing was added"
+                    f"reference {ref!r} is already used by a {kind} of {credits_text(amount)} credits: "
+                    "nothing was added"
                 )
             return Entry(account_id, seq, amount, balance_after, repeated=True)
     return append(tx, account_id, "topup", amount_micros, now_ms=now_ms, ref=ref, note=note)
@@ -149,7 +150,7 @@ def append(
     call_id: int | None = None,
     ref: str | None = None,
     note: str | None = None,
-    unhold_micros: Micros = Micros(0),
+    unhold_micros: int = 0,
 ) -> Entry:
     """Write one entry at the end of the account's chain and move its balance (and a hold that it ends)."""
     head = tx.one(_HEAD, account=account_id)

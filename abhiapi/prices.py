@@ -38,7 +38,7 @@ _VERSION = select(_v.price_id).where(
     _v.source == bindparam("from_source"),
 )
 _RECORD = insert(tables.price_versions).values(
-    {name: bindparam(name) for name in ["model", "unit", "unit_price_usd", "fal_unit_price_usd", "source", "first_used_at"]}
+    {name: bindparam(name) for name in "model unit unit_price_usd fal_unit_price_usd source first_used_at".split()}
 )
 
 

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from abhiapi.db import Tx
     from abhiapi.keys import Key
 
-COLUMNS = ("id", "account", "name", "masked", "status", "created_at", "last_used_at", "expires_at")
-_LISTED = ("id", "account", "name", "masked", "status", "last_used_at", "expires_at")
+COLUMNS = ("id", "account", "name", "masked", "status", "last_used_at", "expires_at")
 
 
 @click.group()
@@ -66,12 +65,11 @@ def create_key(account: str, name: str | None, expires: str | None, as_json: boo
             raise usage_error("--expires", error) from error
 
     def op(tx: Tx) -> tuple[str, Key, bool]:
-        owner = None if session.looks_like_key(account) else session.find_account(tx, account)
-        is_new = owner is None and not session.looks_like_key(account)
+        known = session.account if session.looks_like_key(account) else session.find_account
+        owner = known(tx, account)
+        is_new = owner is None
         if owner is None:
-            owner = (
-                library.accounts.create(tx, account, now_ms=now) if is_new else session.account(tx, account)
-            )
+            owner = library.accounts.create(tx, account, now_ms=now)
         made, row = library.keys.create(tx, owner.account_id, name=name, expires_at=expires_at, now_ms=now)
         return made, row, is_new
 
@@ -106,7 +104,7 @@ def list_keys(account: str | None, as_json: bool) -> None:
     now = session.now_ms()
     print_rows(
         [library.shapes.key(row, now_ms=now) for row in rows],
-        _LISTED,
+        COLUMNS,
         as_json=as_json,
         none="no keys yet: `abhiapi keys create ACCOUNT` makes one",
     )
@@ -159,7 +157,9 @@ def revoke_key(key: str, as_json: bool) -> None:
 
 @keys.command("rotate")
 @key_argument
-@click.option("--grace", metavar="DURATION", default="0", help="How long the old key still works: 24h. Default: not at all.")
+@click.option(
+    "--grace", metavar="DURATION", default="0", help="How long the old key still works: 24h. Default: not at all."
+)
 @json_option
 def rotate_key(key: str, grace: str, as_json: bool) -> None:
     """Replace a key by a new one, and print that, once and never again.

@@ -113,7 +113,9 @@ def parse_expiry_ms(text: str, *, now_ms: int) -> int:
     elif re.fullmatch(r"[0-9]+[smhdw]", text):
         expiry_ms = now_ms + parse_duration_ms(text)
     else:
-        raise BadRequest(f"{text[:40]!r} is no expiry: write a duration such as 90d or 12h, or a day such as 2026-12-31")
+        raise BadRequest(
+            f"{text[:40]!r} is no expiry: write a duration such as 90d or 12h, or a day such as 2026-12-31"
+        )
     if expiry_ms <= now_ms:
         raise BadRequest(f"{text} is not in the future: the key would never work")
     return expiry_ms

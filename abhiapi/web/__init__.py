@@ -10,6 +10,7 @@ from flask import Flask, Response
 from flask.json.provider import JSONProvider
 from flask_limiter import Limiter
 from werkzeug.exceptions import HTTPException
+from werkzeug.middleware.proxy_fix import ProxyFix
 
 from abhiapi import wire
 from abhiapi.errors import STATUS_NAMES, AbhiError, MethodNotAllowed, RateLimited, UnknownRoute
@@ -53,7 +54,9 @@ def create_app(rt: Runtime) -> Flask:
     app.register_blueprint(api.blueprint(limiter, V1_LIMIT))
     app.register_error_handler(AbhiError, _error_reply)
     app.register_error_handler(HTTPException, _http_error_reply)
-    app.wsgi_app = _door(rt, app.wsgi_app)  # type: ignore[assignment, method-assign]
+    hops = rt.settings.trusted_proxies
+    flask_app: WsgiApp = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops) if hops else app.wsgi_app
+    app.wsgi_app = _door(rt, flask_app)  # type: ignore[assignment, method-assign]
     return app
 
 

@@ -69,8 +69,8 @@ def metrics() -> Response:
     rt = runtime()
     token = rt.settings.metrics_token
     if token is None:
-        # Behind a reverse proxy every peer is loopback, so whoever was forwarded is not.
-        if request.environ.get("REMOTE_ADDR") not in _LOOPBACK or "X-Forwarded-For" in request.headers:
+        # Behind a reverse proxy on this machine every peer is loopback, so whoever was forwarded is not.
+        if request.remote_addr not in _LOOPBACK or "X-Forwarded-For" in request.headers:
             raise UnknownRoute("no such route here")
     elif not hmac.compare_digest(request.headers.get("Authorization", "").encode(), f"Bearer {token}".encode()):
         raise UnknownRoute("no such route here")
