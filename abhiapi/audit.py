@@ -39,7 +39,8 @@ _HELD = text(
     "SELECT account_id, SUM(held_micros) FROM calls WHERE state IN ('held', 'sent', 'unknown') GROUP BY account_id"
 )
 _LAST_ENTRIES = text(
-    "SELECT a.account_id, a.name, a.balance_micros, a.held_micros, a.last_seq, a.last_hash, e.balance_after_micros, e.hash"
+    "SELECT a.account_id, a.name, a.balance_micros, a.held_micros, a.last_seq, a.last_hash,"
+    " e.balance_after_micros, e.hash"
     " FROM accounts a LEFT JOIN entries e ON e.account_id = a.account_id AND e.seq = a.last_seq ORDER BY a.account_id"
 )
 # Each row of these is a problem: (account_id or call_id, left, right).

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from sqlalchemy import ColumnElement, bindparam, insert, literal_column, select, update
+from sqlalchemy import ColumnElement, bindparam, func, insert, literal_column, select, update
 
 from abhiapi import ledger, tables
 from abhiapi.db import Tx
@@ -52,6 +52,9 @@ _ADMIT = insert(tables.calls).values(
 )
 
 
+_SEEN = ("http_status", "units", "fal_request_id", "fal_cost_nano_usd")
+
+
 def _in(*states: State) -> ColumnElement[bool]:
     """The states as literals: SQLite uses a partial index only where its condition stands in the query as it is."""
     return _c.state.in_([literal_column(f"'{state}'") for state in states])
@@ -64,15 +67,9 @@ def _sources(target: State) -> tuple[State, ...]:
 _FINISH = {
     target: update(tables.calls)
     .where(_c.call_id == bindparam("call"), _in(*_sources(target)))
-    .values(
-        {
-            name: bindparam(name)
-            for name in (
-                "state charged_micros http_status units"
-                " usage_source fal_request_id fal_cost_nano_usd reason finished_at"
-            ).split()
-        }
-    )
+    .values({name: bindparam(name) for name in "state charged_micros usage_source reason finished_at".split()})
+    # What was seen of fal's answer when the outcome was unknown stays, unless the end knows better.
+    .values({name: func.coalesce(bindparam(name), _c[name]) for name in _SEEN})
     for target in ("settled", "released", "unknown")
 }
 _COUNT_USAGE = (

@@ -30,7 +30,14 @@ Row = tuple[Any, ...]
 
 APPLICATION_ID = 0x41424849  # "ABHI": how we know one of our files
 CLI_PATIENCE_S = 15  # a command waits this long for its turn to write
-_CACHE_KIB = 64 * 1024
+_PRAGMAS = (
+    "synchronous = FULL",
+    "foreign_keys = ON",
+    "temp_store = MEMORY",
+    "cache_size = -65536",  # KiB
+    "wal_autocheckpoint = 8000",  # 32 MB: fewer pages are written twice
+    "journal_size_limit = 67108864",
+)
 
 _in_transaction: ContextVar[bool] = ContextVar("abhiapi_in_transaction", default=False)
 
@@ -117,25 +124,35 @@ class Database:
         self._compiled: dict[int, _Compiled] = {}
 
     def exists(self) -> bool:
-        return self.path.exists() and self.path.stat().st_size > 0
+        return _has_content(self.path)
 
-    def connect(self, *, busy_timeout_s: float = 0) -> sqlite3.Connection:
+    def has_log(self) -> bool:
+        """Whether there is a write-ahead log beside the file: committed rows that are not in the file itself yet."""
+        return _has_content(self.path.with_name(f"{self.path.name}-wal"))
+
+    def connect(self, *, busy_timeout_s: float = 0, create: bool = False) -> sqlite3.Connection:
         """A configured connection of its own, in autocommit. Raises `DatabaseUnavailable`.
 
         ``synchronous=FULL``: a commit is on disk before anybody hears of it, also after a power cut. A server waits
-        for no lock (``busy_timeout_s=0``): SQLite's wait sleeps in C and would freeze every greenlet.
+        for no lock (``busy_timeout_s=0``): SQLite's wait sleeps in C and would freeze every greenlet. Only
+        `migrations` creates a file: SQLite would put an empty one where ours was moved away, and then remove the
+        write-ahead log beside it, with every commit in it.
         """
+        connection: sqlite3.Connection | None = None
         try:
             connection = sqlite3.connect(
-                self.path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False, cached_statements=512
+                f"{self.path.as_uri()}?mode={'rwc' if create else 'rw'}",
+                uri=True,
+                timeout=busy_timeout_s,
+                isolation_level=None,
+                check_same_thread=False,
+                cached_statements=512,
             )
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA foreign_keys = ON")
-            connection.execute("PRAGMA temp_store = MEMORY")
-            connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-            connection.execute("PRAGMA wal_autocheckpoint = 8000")  # 32 MB: fewer pages are written twice
-            connection.execute("PRAGMA journal_size_limit = 67108864")
+            for pragma in _PRAGMAS:
+                connection.execute(f"PRAGMA {pragma}")
         except sqlite3.Error as error:
+            if connection is not None:
+                connection.close()
             raise translated(error) from error
         return connection
 
@@ -203,6 +220,13 @@ def translated(error: sqlite3.Error) -> DatabaseUnavailable:
 def is_trouble(error: BaseException) -> bool:
     """Whether an error is the database's trouble rather than a bug or a broken constraint."""
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
+
+
+def _has_content(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 def file_identity(path: Path) -> tuple[int, int] | None:

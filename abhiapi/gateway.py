@@ -102,15 +102,16 @@ class _Outcome:
 def run(rt: Runtime, request: Request) -> Reply:
     """Forward one call to fal.run and charge for what it used. Never raises an `AbhiError`: it answers with it."""
     key, dialect = wire.caller_key(request.headers)
+    call_id = rt.call_ids.new(rt.now_ms())
+    shown = [("x-abhiapi-call-id", call_text(call_id))]
     try:
         caller = rt.authenticate(key)
     except AbhiError as error:
-        return _refusal(rt, error, dialect)
+        return _with_headers(_refusal(rt, error, dialect), shown)
     try:
         lease = rt.limits.enter(caller.key_id, caller.plan)
     except AbhiError as error:
-        return _with_headers(_refusal(rt, error, dialect), rt.limits.headers(caller.key_id, caller.plan))
-    call_id = rt.call_ids.new(rt.now_ms())
+        return _with_headers(_refusal(rt, error, dialect), shown + rt.limits.headers(caller.key_id, caller.plan))
     try:
         reply = _admitted(rt, caller, call_id, request, dialect)
     except AbhiError as error:
@@ -122,8 +123,7 @@ def run(rt: Runtime, request: Request) -> Reply:
         reply.body.when_closed = lease.release
     else:
         lease.release()
-    shown = [("x-abhiapi-call-id", call_text(call_id)), *rt.limits.headers(caller.key_id, caller.plan)]
-    return _with_headers(reply, shown)
+    return _with_headers(reply, shown + rt.limits.headers(caller.key_id, caller.plan))
 
 
 def _admitted(rt: Runtime, caller: keys.Caller, call_id: int, request: Request, dialect: wire.Dialect) -> Reply:
@@ -288,10 +288,12 @@ class MeteredBody:
         self._rt, self._call, self._reply = rt, call, reply
         content_type = reply.value("content-type")
         encoding = (reply.value("content-encoding") or "identity").strip().lower()
-        self.is_decoded = encoding in encodings.DECODABLE and wire.is_json_type(content_type)
-        self.is_json = wire.is_json_type(content_type) and (self.is_decoded or encoding == "identity")
+        is_json, is_stream = wire.is_json_type(content_type), wire.is_event_stream(content_type)
+        self.is_decoded = encoding in encodings.DECODABLE and (is_json or is_stream)
+        is_readable = self.is_decoded or encoding == "identity"
+        self.is_json = is_json and is_readable
         self._is_replaced = reply.status >= 400 and not self.is_json  # our words stand for it
-        self.is_event_stream = wire.is_event_stream(content_type) and not self._is_replaced
+        self.is_event_stream = is_stream and is_readable and not self._is_replaced
         self.is_changed = self.is_json or self.is_event_stream
         self._read1 = encodings.DecodingReader(reply.read1) if self.is_decoded else reply.read1
         self._unit_headers = reply.values(metering.UNITS_HEADER)
@@ -308,7 +310,7 @@ class MeteredBody:
 
         Raises `UpstreamError`; the caller then ends the hold.
         """
-        if not (self.is_json or self._is_replaced or self._is_short(most)):
+        if self.is_event_stream or not (self.is_json or self._is_replaced or self._is_short(most)):
             return None
         size = 0
         while size <= most:

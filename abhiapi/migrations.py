@@ -42,13 +42,11 @@ def migrate(database: Database, *, steps: Sequence[Step] = STEPS, schema: str | 
     troubles. Safe when several processes start at once: the first does the work, the others find it done.
     """
     version_wanted = 1 + len(steps)
-    created = not database.exists()
-    if created:
-        try:
-            database.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SchemaError(f"cannot create the folder of {database.path}: {error.strerror}") from error
-    connection = database.connect(busy_timeout_s=CLI_PATIENCE_S)
+    has_log = database.has_log()  # asked before `exists`: whoever creates one just now makes the file first
+    is_new = not database.exists()
+    if is_new:
+        _make_room(database.path, has_log)
+    connection = database.connect(busy_timeout_s=CLI_PATIENCE_S, create=is_new)
     try:
         version = _version(connection, database.path)
         if version == version_wanted:
@@ -67,6 +65,18 @@ def migrate(database: Database, *, steps: Sequence[Step] = STEPS, schema: str | 
         raise translated(error) from error
     finally:
         connection.close()
+
+
+def _make_room(path: Path, has_log: bool) -> None:
+    """See to it that a database can be created at ``path``, and that none is expected to come back there."""
+    if has_log:
+        raise SchemaError(
+            f"{path} is gone, and {path.name}-wal with its latest entries is still there: put the file back beside it"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SchemaError(f"cannot create the folder of {path}: {error.strerror}") from error
 
 
 def schema_sql() -> str:

@@ -57,6 +57,7 @@ _OURS = ("x-abhiapi-", "x-ratelimit-")
 # Digests of a body that we add to would no longer be true.
 DIGESTS = frozenset(("content-md5", "digest", "content-digest", "repr-digest", "etag"))
 
+_PLAIN_QUERY = re.compile(r"[\x21-\x7e]*")
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9._~!$&'()*+,;=:%/-]*")
 
 
@@ -86,8 +87,10 @@ def endpoint_of(path: str) -> tuple[str, bool]:
 
 
 def forwarded_query(query: str) -> str:
-    """The query to send on, byte for byte, less ``fal_jwt_token`` (fal-protocol 10.4)."""
-    if "fal_jwt_token" not in query.lower():
+    """The query to send on, byte for byte, less ``fal_jwt_token`` (fal-protocol 10.4). Raises `ForbiddenPath`."""
+    if not _PLAIN_QUERY.fullmatch(query):
+        raise ForbiddenPath("the query has blanks or control characters: send them percent-encoded")
+    if "fal_jwt_token" not in query.lower() and "%" not in query:
         return query
     kept = [part for part in query.split("&") if not _query_name(part).startswith("fal_jwt_token")]
     return "&".join(kept)

@@ -91,9 +91,10 @@ def show_account(account: str, as_json: bool) -> None:
 @account_argument
 @json_option
 def suspend_account(account: str, as_json: bool) -> None:
-    """Refuse an account's calls with 403 from now on; its credit and keys stay.
+    """Refuse an account's calls from now on.
 
-    Calls that are already running are finished and charged. ACCOUNT is its name, or one of its keys.
+    They get 403; its credit and its keys stay. Calls that are already running are finished and charged. ACCOUNT is
+    its name, or one of its keys.
 
     \b
     Examples:

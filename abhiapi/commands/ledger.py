@@ -9,7 +9,7 @@ import click
 
 from abhiapi.commands import library, session
 from abhiapi.commands.options import account_argument, json_option, page_options, usage_error
-from abhiapi.commands.output import print_csv, print_json, print_rows, say
+from abhiapi.commands.output import print_csv, print_json, print_json_lines, print_rows, say
 from abhiapi.errors import Refused
 
 if TYPE_CHECKING:
@@ -68,10 +68,10 @@ def show_ledger(account: str, limit: int, cursor: str | None, as_json: bool) -> 
 @ledger.command("export")
 @json_option
 def export_ledger(as_json: bool) -> None:
-    """Print every entry of every account, oldest first, as comma-separated values.
+    """Print every entry of every account.
 
-    With --json, one JSON object a line. The export is one consistent moment of the ledger, whatever is written
-    meanwhile, and a ledger of any size passes in bounded memory.
+    Oldest first, as comma-separated values; with --json, one JSON object a line. The export is one consistent
+    moment of the ledger, whatever is written meanwhile, and a ledger of any size passes in bounded memory.
 
     \b
     Examples:
@@ -81,11 +81,10 @@ def export_ledger(as_json: bool) -> None:
 
     def op(tx: Tx) -> None:
         rows = (library.shapes.entry(row, account=name) for row, name in library.reports.all_entries(tx))
-        if not as_json:
+        if as_json:
+            print_json_lines(rows)
+        else:
             print_csv(rows, EXPORTED)
-            return
-        for row in rows:
-            print_json(row)
 
     session.read(op)
 
@@ -93,9 +92,10 @@ def export_ledger(as_json: bool) -> None:
 @ledger.command("verify")
 @json_option
 def verify_ledger(as_json: bool) -> None:
-    """Recount the whole ledger: balances, holds, charges, refunds, daily usage and the chain of hashes.
+    """Recount the whole ledger.
 
-    Runs beside a serving proxy. Exits with 1 and names what differs if anything does.
+    Balances, holds, charges, refunds, daily usage and the chain of hashes are computed anew and compared. Runs
+    beside a serving proxy. Exits with 1 and names what differs if anything does.
 
     \b
     Examples:

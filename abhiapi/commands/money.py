@@ -70,9 +70,9 @@ def topup(account: str, amount: str, usd: bool, ref: str | None, note: str | Non
 @account_argument
 @json_option
 def balance(account: str, as_json: bool) -> None:
-    """Show an account's credit: balance, what open calls hold of it, and what is left to spend.
+    """Show an account's balance, and what is left to spend.
 
-    ACCOUNT is its name, or one of its keys.
+    Open calls hold a part of the balance; the rest is available. ACCOUNT is its name, or one of its keys.
 
     \b
     Examples:

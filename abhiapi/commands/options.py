@@ -21,7 +21,7 @@ _NEGATIVE = re.compile(r"-(\.?[0-9]|inf|nan)", re.IGNORECASE)
 _ZERO = re.compile(r"\+?0+(\.0+)?")
 
 
-class Text(click.ParamType):
+class Text(click.ParamType):  # type: ignore[type-arg]  # generic in newer Clicks only
     """A line of text: not blank, of bounded length, nothing that could steer a terminal or is no character at all."""
 
     name = "text"
@@ -48,7 +48,15 @@ class AmountCommand(click.Command):
         self.context_settings = {"ignore_unknown_options": True, "allow_extra_args": True}
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        super().parse_args(ctx, args)
+        typed = list(args)
+        try:
+            super().parse_args(ctx, args)
+        except click.MissingParameter:
+            known = {name for param in self.get_params(ctx) for name in param.opts}
+            for text in typed:
+                if text.startswith("--") and text.partition("=")[0] not in known | {"--"}:
+                    raise click.NoSuchOption(text, ctx=ctx) from None
+            raise
         texts = [ctx.params[param.name] for param in self.params if isinstance(param, click.Argument) and param.name]
         for text in [*texts, *ctx.args]:
             if isinstance(text, str) and len(text) > 1 and text.startswith("-") and not _NEGATIVE.match(text):

@@ -23,38 +23,43 @@ Json = Mapping[str, Any]
 _KEY = re.compile(r"sk-fal-[0-9A-Za-z]{5,}")
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)\.\d{3}Z")
 _GAP = "  "
-_FLEXIBLE = ("model", "note", "source", "message", "account", "name", "reason")  # cut first on a narrow terminal
+_FLEXIBLE = ("note", "ref", "model", "account", "name", "reason")  # cut on a narrow terminal, in this order
+_HEADINGS = {"unit_price_usd": "price usd", "fal_unit_price_usd": "fal usd"}
 _FLEXIBLE_LEAST = 12
 
 
 class Failure(click.ClickException):
-    """An expected failure: exit 1 and one line that says why, or exit 2 and a line for every bad setting."""
+    """An expected failure: one line that says why."""
 
     exit_code = 1
 
-    def __init__(self, error: AbhiError) -> None:
-        super().__init__(error.message)
-        self.lines = [error.message]
-        if isinstance(error, SettingsError):
-            self.exit_code = 2
-            self.lines = error.problems
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
 
     def show(self, file: Any = None) -> None:
         for line in self.lines:
             click.echo(f"error: {masked(' '.join(line.split()))}", err=True, file=file)
 
 
+class SettingsFailure(Failure):
+    """A line for every bad setting."""
+
+    exit_code = 2
+
+
 class Program(click.Group):
-    """The top of the command line: every expected error of the library becomes a `Failure`. Bugs keep their traceback."""
+    """The top of the command line: turns every expected error of the library into a line. Bugs keep their traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except SettingsError as error:
+            raise SettingsFailure(*error.problems) from error
         except AbhiError as error:
-            raise Failure(error) from error
-        except click.ClickException as error:
-            error.message = masked(error.message)  # what was typed may be a key
-            raise
+            raise Failure(error.message) from error
+        except click.UsageError as error:  # what was typed may be a key
+            raise click.UsageError(masked(error.format_message()), error.ctx) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order in which an operator meets them."""
@@ -71,16 +76,22 @@ def masked(text: str) -> str:
     return _KEY.sub(lambda match: f"sk-fal-...{match[0][-4:]}", text)
 
 
-def print_json(value: Any, *, stream: Any = None) -> None:
+def print_json(value: Any) -> None:
     """One line of JSON, numbers exact."""
+    print_json_lines([value])
+
+
+def print_json_lines(values: Iterable[Any]) -> None:
+    """A line of JSON for each value, as they come."""
     import simplejson  # not at the top, for the sake of a quick --help
 
-    click.echo(simplejson.dumps(value, use_decimal=True), file=stream)
+    for value in values:
+        sys.stdout.write(simplejson.dumps(value, use_decimal=True) + "\n")
 
 
 def print_csv(rows: Iterable[Json], columns: Sequence[str]) -> None:
     """Comma-separated values with a heading, a row at a time."""
-    writer = csv.writer(click.get_text_stream("stdout"), lineterminator="\n")
+    writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
         writer.writerow(["" if row[column] is None else _plain(row[column]) for column in columns])
@@ -99,7 +110,7 @@ def print_one(shape: Json, *, as_json: bool) -> None:
 def print_rows(
     rows: Sequence[Json], columns: Sequence[str], *, as_json: bool, none: str, envelope: Json | None = None
 ) -> None:
-    """Many things: a JSON array (or the envelope around it), else a table of some columns; ``none`` if there are none."""
+    """Many things: a JSON array (or the envelope around it), else a table of some columns, or the message ``none``."""
     if as_json:
         print_json(list(rows) if envelope is None else envelope)
     elif not rows:
@@ -111,7 +122,7 @@ def print_rows(
 def table(rows: Sequence[Json], columns: Sequence[str], *, width: int | None = None) -> str:
     """Plain text in aligned columns, numbers to the right. ``width``: texts are cut to fit, if need be."""
     cells = [[_cell(row[column]) for column in columns] for row in rows]
-    headings = [column.replace("_", " ").upper() for column in columns]
+    headings = [_HEADINGS.get(column, column.replace("_", " ")).upper() for column in columns]
     widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
     if width is not None:
         _narrow(widths, columns, width)

@@ -28,6 +28,7 @@ def serve(with_sandbox: bool, demo: bool, bind: str, workers: int) -> None:
       abhiapi serve --sandbox --demo     the same, with an account and a key to start with
     """
     from abhiapi import serving
+    from abhiapi.migrations import open_database
 
     if demo and not with_sandbox:
         raise click.UsageError("--demo goes with --sandbox")
@@ -37,7 +38,7 @@ def serve(with_sandbox: bool, demo: bool, bind: str, workers: int) -> None:
         os.environ.update(serving.start_simulator())
     settings = serving.checked_settings()
     serving.check_workers(settings, workers)
-    database = serving.open_database(settings)
+    database = open_database(settings)
     if demo:
         base_url = settings.public_url or f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         os.environ["ABHIAPI_BANNER"] = serving.demo_banner(base_url, serving.demo_key(settings), database.path)

@@ -32,7 +32,6 @@ def settings() -> Settings:
 
 def open_database() -> Database:
     """The database of the settings; created or upgraded if need be, which is said on stderr."""
-    # Not `runtime.open_database`: the runtime brings gevent and requests along, which a command has no use for.
     database = library.db.Database(settings().database_url)
     done = library.migrations.migrate(database)
     if done:

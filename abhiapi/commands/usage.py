@@ -32,9 +32,10 @@ COLUMNS = ("group", "calls", "credits", "cost_usd", "fal_cost_usd", "margin_usd"
 @click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values, without the total.")
 @json_option
 def usage(account: str | None, by: Any, since: str | None, until: str | None, as_csv: bool, as_json: bool) -> None:
-    """Add up ended calls: how many, credits charged less refunds, cost at fal, and the margin between.
+    """Add up calls, credits, cost at fal and margin.
 
-    Days are UTC days on which calls ended. The cost at fal counts as 0 where it is not known.
+    Credits are what was charged less refunds, margin what is left of them after fal's cost. Days are UTC days on
+    which calls ended. The cost at fal counts as 0 where it is not known.
 
     \b
     Examples:

@@ -13,7 +13,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from abhiapi import wire
-from abhiapi.errors import STATUS_NAMES, AbhiError, MethodNotAllowed, RateLimited, UnknownRoute
+from abhiapi.errors import STATUS_NAMES, AbhiError, BodyTooLarge, MethodNotAllowed, RateLimited, UnknownRoute
 from abhiapi.runtime import Runtime
 from abhiapi.web import api, proxy
 from abhiapi.web.caller import request_key
@@ -43,6 +43,7 @@ def create_app(rt: Runtime) -> Flask:
     """The application over a runtime."""
     app = Flask("abhiapi", static_folder=None)
     app.json = ExactJson(app)
+    app.config["MAX_CONTENT_LENGTH"] = api.BODY_BYTES_MAX
     app.extensions["abhiapi"] = rt
     limiter = Limiter(
         request_key,
@@ -90,6 +91,8 @@ def _http_error_reply(error: HTTPException) -> Response:
         return _error_reply(UnknownRoute("no such route here: models are called at /{any-fal-path}, see /docs"))
     if code == 405:
         return _error_reply(MethodNotAllowed("this route does not take that method, see /docs"))
+    if code == 413:
+        return _error_reply(BodyTooLarge(f"requests to this route have at most {api.BODY_BYTES_MAX} bytes"))
     if code == 429:
         return _error_reply(RateLimited("too many requests to this route: slow down", retry_after_s=5))
     plain = AbhiError(error.description or STATUS_NAMES.get(code, "Error"))

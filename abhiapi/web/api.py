@@ -17,7 +17,7 @@ from abhiapi.runtime import HEALTH_PATIENCE_S
 from abhiapi.web.caller import caller, runtime
 
 PAGE_MAX, PAGE_DEFAULT = 200, 50
-ESTIMATE_BODY_BYTES_MAX = 1024 * 1024
+BODY_BYTES_MAX = 1024 * 1024  # of a request to one of these routes
 _LOOPBACK = ("127.0.0.1", "::1")
 
 
@@ -139,9 +139,9 @@ def prices() -> Response:
 
 def estimate() -> Response:
     """What a call would hold."""
-    body = request.get_data(cache=False) if (request.content_length or 0) <= ESTIMATE_BODY_BYTES_MAX else b""
+    caller()
     try:
-        wanted = jsonbytes.parse(body)
+        wanted = jsonbytes.parse(request.get_data(cache=False))
     except ValueError as error:
         raise MalformedJson(f"the body is not JSON: {error}") from error
     if not isinstance(wanted, dict) or not isinstance(wanted.get("model"), str):

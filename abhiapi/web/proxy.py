@@ -34,8 +34,14 @@ def serve(rt: Runtime, environ: Environ, start_response: StartResponse) -> Itera
         sock.settimeout(STALL_S)
     with _Files() as files:
         reply = gateway.run(rt, _request(rt, environ, files))
-    start_response(f"{reply.status} {responses.get(reply.status, 'Unknown')}", reply.headers)
-    return (reply.body,) if isinstance(reply.body, bytes) else _Closing(reply.body)
+    body = (reply.body,) if isinstance(reply.body, bytes) else _Closing(reply.body)
+    try:
+        start_response(f"{reply.status} {responses.get(reply.status, 'Unknown')}", reply.headers)
+    except BaseException:  # the server in front does not know the body yet, so nobody else would close it
+        if isinstance(body, _Closing):
+            body.close()
+        raise
+    return body
 
 
 class _Closing:

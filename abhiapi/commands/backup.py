@@ -1,0 +1,67 @@
+"""`backup` and `restore`: a consistent copy while serving, and its way back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from abhiapi.commands import library, session
+from abhiapi.commands.options import json_option
+from abhiapi.commands.output import print_one, say
+
+
+@click.command()
+@click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
+@json_option
+def backup(path: Path, as_json: bool) -> None:
+    """Copy the database to a new file, also while serving.
+
+    PATH is the file to write; an existing one is never overwritten. The copy is one consistent moment of the
+    database; it is opened and its ledger recounted before the command says so. It holds no keys and no credential,
+    but everything else about your customers.
+
+    \b
+    Examples:
+      abhiapi backup /var/backups/abhiapi-$(date +%F).db
+    """
+    from abhiapi.commands import copies
+
+    finding = copies.back_up(library.db.Database(session.settings().database_url), path)
+    shape = {
+        "path": str(path.absolute()),
+        "size_bytes": path.stat().st_size,
+        "accounts": finding.accounts,
+        "entries": finding.entries,
+    }
+    print_one(shape, as_json=as_json)
+
+
+@click.command()
+@click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
+@json_option
+def restore(path: Path, as_json: bool) -> None:
+    """Put a backup in the place of the database.
+
+    PATH is a file that `abhiapi backup` wrote. Its ledger is recounted first; if it does not add up, nothing is
+    replaced. Stop the server before: while one runs on the database, restoring is refused. The database that was
+    there is kept beside the new one, as *.replaced-1, -2 and so on.
+
+    \b
+    Examples:
+      abhiapi restore /var/backups/abhiapi-2026-11-22.db
+    """
+    from abhiapi.commands import copies
+
+    database = library.db.Database(session.settings().database_url)
+    done = copies.restore(database, path)
+    if done.replaced is not None:
+        say(f"what was written after that backup is in {done.replaced} only")
+    shape = {
+        "database": str(database.path),
+        "restored_from": str(path.absolute()),
+        "accounts": done.finding.accounts,
+        "entries": done.finding.entries,
+        "replaced": None if done.replaced is None else str(done.replaced),
+    }
+    print_one(shape, as_json=as_json)
