@@ -127,10 +127,6 @@ class DatabaseUnavailable(AbhiError):
     status, type = 503, "database_unavailable"
 
 
-class ShuttingDown(AbhiError):
-    status, type = 503, "shutting_down"
-
-
 # --- nothing the customer can do --------------------------------------------------------------------------------
 
 

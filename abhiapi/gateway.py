@@ -24,7 +24,6 @@ from abhiapi.errors import (
     BodyIncomplete,
     ChargeNotRecorded,
     DatabaseUnavailable,
-    ForbiddenPath,
     UnknownRoute,
     UpstreamError,
     UpstreamRefused,
@@ -39,6 +38,7 @@ log = logging.getLogger("abhiapi")
 
 # Answers up to this size are read whole before the first byte leaves, so that their charge can stand in the headers.
 WHOLE_BYTES_MAX = 64 * 1024
+FAL_REQUEST_ID_MAX = 100  # fal's are 36 characters long
 SLOW_CALLER_S = 600  # how much longer than fal a caller may take to read a large answer before it is cut off
 DEADLINE_SLACK_MS = 60_000  # a call's hold outlives both by this much
 
@@ -130,10 +130,7 @@ def _admitted(rt: Runtime, caller: keys.Caller, call_id: int, request: Request, 
     """The call itself, once its caller is known and within limits. Raises what is answered in its place."""
     if "x-fal-target-url" in request.headers:
         raise UnknownRoute("x-fal-target-url is not served here: call /{any-fal-path} on this host")
-    wire.check_path(request.path)
     model, streamed = wire.endpoint_of(request.path)
-    if not model:
-        raise ForbiddenPath("the path names no model")
     price = rt.catalogue(caller.own_price_id).price_of(model)
     query = wire.forwarded_query(request.query)
     target = request.path + ("?" + query if query else "")
@@ -412,7 +409,7 @@ class MeteredBody:
             self._call,
             verdict,
             http_status=self._reply.status,
-            fal_request_id=self._reply.value("x-fal-request-id"),
+            fal_request_id=(self._reply.value("x-fal-request-id") or "")[:FAL_REQUEST_ID_MAX] or None,
         )
 
     def _is_short(self, most: int) -> bool:

@@ -337,7 +337,7 @@ class LeanResponse(Response):
     """A `requests.Response` without the cookie jar that nobody here reads, which costs more than the rest."""
 
     def __init__(self) -> None:
-        self._content = False
+        self._content = False  # type: ignore[assignment]  # as requests itself does
         self._content_consumed = False
         self._next = None
         self.history = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Literal
 from urllib.parse import unquote_to_bytes
 
@@ -69,7 +70,7 @@ def check_path(path: str) -> None:
     for _ in range(4):
         if re.search(r"[\x00-\x20\x7f\\@?#]|//", decoded) or {".", ".."} & set(decoded.split("/")):
             raise ForbiddenPath("the path has '..', '//', a backslash, '@' or a control character")
-        further = unquote_to_bytes(decoded).decode("latin-1")
+        further = unquote_to_bytes(decoded.encode("latin-1")).decode("latin-1")
         if further.count("/") != decoded.count("/"):
             raise ForbiddenPath("the path has an encoded slash")
         if further == decoded:
@@ -78,9 +79,16 @@ def check_path(path: str) -> None:
     raise ForbiddenPath("the path is encoded many times over")
 
 
+@lru_cache(maxsize=4096)
 def endpoint_of(path: str) -> tuple[str, bool]:
-    """The model that a run path names, and whether its stream is asked for. A model's price covers its /stream."""
+    """The model that a raw run path names, and whether its stream is asked for. A model's price covers its /stream.
+
+    Raises `ForbiddenPath`.
+    """
+    check_path(path)
     endpoint = path.strip("/")
+    if not endpoint:
+        raise ForbiddenPath("the path names no model")
     if endpoint.endswith("/stream"):
         return endpoint.removesuffix("/stream"), True
     return endpoint, False
