@@ -9,6 +9,7 @@ disk is waited for in the thread, and another process's lock is waited for witho
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from collections import deque
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from abhiapi.db import Busy, Database, Tx, file_identity, is_trouble, marked, tr
 from abhiapi.errors import DatabaseUnavailable
 
 T = TypeVar("T")
+log = logging.getLogger("abhiapi")
 
 GROUP_MAX = 256  # operations in one transaction; keeps a commit short whatever has queued up
 RETRY_FIRST_S, RETRY_MAX_S = 0.001, 0.05
@@ -94,6 +96,12 @@ class GroupCommitter:
                     pending = self._without_expired(pending, error)
                     gevent.sleep(pause_s)
                     pause_s = min(pause_s * 2, RETRY_MAX_S)
+                except Exception as error:  # a bug: whoever waits is told, and the writer goes on for the others
+                    log.exception("a group of %d writes failed", len(group))
+                    self._disconnect()
+                    for ticket in group:
+                        ticket.error = ticket.error or error
+                        ticket.done.set()
                 else:
                     self._on_group(len(group))
                     pause_s = RETRY_FIRST_S

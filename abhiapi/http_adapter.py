@@ -182,8 +182,9 @@ class _Connection:
 class _Pool:
     """Connections to one origin; the most recently used first, so that idle ones age and go."""
 
-    def __init__(self, scheme: str, host: str, port: int, context: Any) -> None:
-        self._scheme, self._host, self._port, self._context = scheme, host, port, context
+    def __init__(self, host: str, port: int, context: Any) -> None:
+        self._host, self._port = host, port
+        self._context = context  # of TLS; None: plain
         self._idle: list[_Connection] = []
 
     def get(self) -> tuple[_Connection, bool]:
@@ -203,7 +204,7 @@ class _Pool:
             raise UpstreamUnreachable("fal cannot be reached just now: nothing was charged") from error
         try:
             sock.setsockopt(gevent.socket.IPPROTO_TCP, gevent.socket.TCP_NODELAY, 1)
-            if self._scheme == "https":
+            if self._context is not None:
                 sock = self._context.wrap_socket(sock, server_hostname=self._host)
         except OSError as error:  # ssl.SSLError is one
             sock.close()
@@ -222,15 +223,20 @@ class _Pool:
             self._idle.pop().close()
 
 
+def _verifying_context() -> Any:
+    """A TLS context that trusts the system's authorities (or SSL_CERT_FILE) and certifi's."""
+    context = gevent.ssl.create_default_context()
+    context.load_verify_locations(certifi.where())
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
 class LeanAdapter(BaseAdapter):
     """Mounted on a `requests.Session`. Follows no redirect, knows no proxy, keeps no cookie, decodes nothing."""
 
     def __init__(self) -> None:
         super().__init__()
         self._pools: dict[tuple[str, str, int], _Pool] = {}
-        self._context = gevent.ssl.create_default_context()
-        self._context.load_verify_locations(certifi.where())
-        self._context.set_alpn_protocols(["http/1.1"])
 
     def send(
         self,
@@ -250,7 +256,8 @@ class LeanAdapter(BaseAdapter):
         scheme, host, port, target = _split(url)
         pool = self._pools.get((scheme, host, port))
         if pool is None:
-            pool = self._pools[scheme, host, port] = _Pool(scheme, host, port, self._context)
+            context = _verifying_context() if scheme == "https" else None
+            pool = self._pools[scheme, host, port] = _Pool(host, port, context)
         connection, parser = _exchange(pool, method, _head(method, target, request.headers), request.body, deadline)
         return _response(request, connection, parser, deadline)
 
