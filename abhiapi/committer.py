@@ -105,6 +105,8 @@ class GroupCommitter:
                 else:
                     self._on_group(len(group))
                     pause_s = RETRY_FIRST_S
+                    if len(group) > 1:
+                        gevent.sleep(0)  # those who were just told may have more to write: larger groups, fewer commits
 
     def _without_expired(self, pending: deque[_Ticket], error: sqlite3.Error | DatabaseUnavailable) -> deque[_Ticket]:
         """Tell those whose patience has ended what the trouble is; the others go on waiting."""

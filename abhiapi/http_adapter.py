@@ -341,7 +341,10 @@ def _split(url: str) -> tuple[str, str, int, str]:
 
 
 class LeanResponse(Response):
-    """A `requests.Response` without the cookie jar that nobody here reads, which costs more than the rest."""
+    """A `requests.Response` without the cookie jar, and with headers made when asked for: they cost more than the rest.
+
+    Whoever cares for order and spelling reads ``raw.header_items``.
+    """
 
     def __init__(self) -> None:
         self._content = False  # type: ignore[assignment]  # as requests itself does
@@ -350,6 +353,11 @@ class LeanResponse(Response):
         self.history = []
         self.encoding = None
 
+    @property
+    def headers(self) -> CaseInsensitiveDict[str]:  # type: ignore[override]
+        raw: Any = self.raw
+        return CaseInsensitiveDict(raw.header_items)
+
 
 def _response(request: PreparedRequest, connection: _Connection, parser: _Parser, deadline: float) -> Response:
     response = LeanResponse()
@@ -357,7 +365,6 @@ def _response(request: PreparedRequest, connection: _Connection, parser: _Parser
     response.reason = parser.status_message or ""
     response.url = request.url or ""
     response.request = request
-    response.headers = CaseInsensitiveDict(parser.lines)
     response.raw = Raw(connection, parser, deadline)
     return response
 

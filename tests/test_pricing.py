@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abhiapi import estimates, pricing
-from abhiapi.errors import BadAmount, PriceFileError, UnpricedModel
+from abhiapi.errors import BadAmount, UnpricedModel
 from abhiapi.estimates import Estimate, Rate
 from abhiapi.money import MICROS_MAX, Micros
 from abhiapi.pricing import Catalogue, OwnPrice, Price, PriceRule
@@ -279,9 +279,12 @@ def test_a_model_that_only_the_operator_prices_is_held_by_its_unit(unit: str | N
     assert price.identity() == ("acme/new", unit or "units", "0.000001", "", "operator")
 
 
-def test_a_margin_over_an_unknown_price_is_refused() -> None:
-    with pytest.raises(PriceFileError, match="acme/new: a margin needs fal's price"):
-        Catalogue((), [own(model="acme/new", margin=Decimal("0.1"))], MARGIN)
+def test_a_margin_over_an_unknown_price_prices_nothing_and_harms_no_other_model() -> None:
+    """As after an upgrade whose price file has dropped a model that the operator had set a margin for."""
+    mine = [own(model="acme/gone", margin=Decimal("0.1")), own(model="acme/mine", unit_price_usd=Decimal("0.01"))]
+    catalogue = Catalogue((), mine, MARGIN)
+    assert catalogue.unpriceable == ("acme/gone",)
+    assert [price.model for price in catalogue] == ["acme/mine"]
 
 
 def test_an_unknown_model_is_never_free() -> None:
