@@ -67,6 +67,19 @@ def test_a_second_start_prints_a_line_that_works_and_gives_no_more_credit(tmp_pa
             (tmp_path / "demo.log").unlink()
 
 
+def test_a_checkout_serves_from_any_working_folder(tmp_path: Path) -> None:
+    env = environment(ABHIAPI_DATABASE_URL=f"sqlite:///{tmp_path / 'sandbox.db'}")
+    del env["PYTHONPATH"]
+    bind = f"127.0.0.1:{free_port()}"
+    log = tmp_path / "demo.log"
+    process = Process.start([str(ROOT / "cli.py"), "serve", "--sandbox", "--bind", bind], log, env, cwd=tmp_path)
+    try:
+        until(lambda: "AbhiAPI serves" in process.output(), what="it serves", within_s=30)
+        assert requests.get(f"http://{bind}/healthz", timeout=10).ok
+    finally:
+        process.kill()
+
+
 def test_the_demo_key_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     with demo(tmp_path, free_port()):
         assert (tmp_path / "sandbox.db.demo-key").stat().st_mode & 0o077 == 0

@@ -34,6 +34,7 @@ def serve(with_sandbox: bool, demo: bool, bind: str, workers: int) -> None:
         raise click.UsageError("--demo goes with --sandbox")
     host, port = serving.parse_bind(bind)
     serving.check_port_free(host, port)
+    serving.make_importable()
     if with_sandbox:
         os.environ.update(serving.start_simulator())
     settings = serving.checked_settings()
