@@ -147,7 +147,7 @@ class GroupCommitter:
                         ticket.error = error
                         if connection.total_changes != before:
                             return False
-            self._thread.apply(connection.execute, ("COMMIT",))
+            in_thread(self._thread, lambda: connection.execute("COMMIT"))
             return True
         finally:
             if connection.in_transaction:
@@ -161,15 +161,34 @@ class GroupCommitter:
             raise DatabaseUnavailable("the database file is gone", retry_after_s=5)
         if self._connection is None or self._tx is None or identity != self._file:
             self._disconnect()
-            self._connection = self._thread.apply(self._database.connect)
+            self._connection = in_thread(self._thread, self._database.connect)
             self._tx = self._database.tx(self._connection)
             self._file = identity
         return self._connection, self._tx
 
     def _disconnect(self) -> None:
         if self._connection is not None:
-            self._thread.apply(self._connection.close)
+            in_thread(self._thread, self._connection.close)
         self._connection = None
+
+
+def in_thread(pool: ThreadPool, task: Callable[[], T]) -> T:
+    """Run what may wait for the disk in a native thread, while other greenlets go on.
+
+    Errors come back as values: gevent prints those that a task raises, and where that print fails (stderr on the
+    very disk that is full) the result would never arrive.
+    """
+    result, error = pool.apply(_caught, (task,))
+    if error is not None:
+        raise error
+    return result  # type: ignore[no-any-return]
+
+
+def _caught(task: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    try:
+        return task(), None
+    except BaseException as error:
+        return None, error
 
 
 def _roll_back(connection: sqlite3.Connection) -> None:
