@@ -114,9 +114,7 @@ class Fal:
     @contextmanager
     def started(cls, folder: Path) -> Iterator[Fal]:
         port = free_port()
-        process = Process.start(
-            ["cli.py", "sandbox", "--bind", f"127.0.0.1:{port}"], folder / "fal.log", environment()
-        )
+        process = Process.start(["cli.py", "sandbox", "--bind", f"127.0.0.1:{port}"], folder / "fal.log", environment())
         running = cls(process, f"http://127.0.0.1:{port}")
         try:
             until(lambda: _answers(running.url + "/_sandbox/calls", process), what="the simulator answers")
@@ -124,10 +122,15 @@ class Fal:
         finally:
             process.kill()
 
-    def calls(self, contains: str = "") -> list[dict[str, Any]]:
-        """What it received, newest last; those whose body or path holds a text."""
-        received: list[dict[str, Any]] = requests.get(self.url + "/_sandbox/calls", timeout=10).json()["calls"]
+    def calls(self, contains: str = "", *, last: int = 10_000) -> list[dict[str, Any]]:
+        """What it received, newest last; those of the last so many whose body or path holds a text."""
+        page = requests.get(f"{self.url}/_sandbox/calls?last={last}", timeout=10).json()
+        received: list[dict[str, Any]] = page["calls"]
         return [call for call in received if contains in str(call)]
+
+    def total(self) -> int:
+        """How many calls it has received."""
+        return int(requests.get(f"{self.url}/_sandbox/calls?last=0", timeout=10).json()["total"])
 
     def release(self, name: str) -> None:
         """Let the calls go on that wait by `hold_until`."""
@@ -154,9 +157,7 @@ class Books:
         def make(tx: Tx) -> str:
             account = accounts.create(tx, name, plan=plan, now_ms=self.clock())
             if credits:
-                ledger.topup(
-                    tx, account.account_id, Micros(credits * 1000), ref=None, note=None, now_ms=self.clock()
-                )
+                ledger.topup(tx, account.account_id, Micros(credits * 1000), ref=None, note=None, now_ms=self.clock())
             return keys.create(tx, account.account_id, name=None, expires_at=None, now_ms=self.clock())[0]
 
         return name, self.write(make)
