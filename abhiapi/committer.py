@@ -78,6 +78,7 @@ class GroupCommitter:
         self.write(lambda tx: None, patience_s=0)
         self._greenlet.kill()
         self._disconnect()
+        self._thread.kill()
 
     def _run(self) -> None:
         while True:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abhiapi import estimates, pricing
+from abhiapi import estimates, jsonbytes, pricing
 from abhiapi.errors import BadAmount, UnpricedModel
 from abhiapi.estimates import Estimate, Rate
 from abhiapi.money import MICROS_MAX, Micros
@@ -372,3 +372,13 @@ def test_charges_are_never_negative_and_grow_with_the_units(price: Price, one: D
     assert 0 <= pricing.charge(price, fewer) <= pricing.charge(price, more)
     assert pricing.charge(price, fewer + more) <= pricing.charge(price, fewer) + pricing.charge(price, more)
     assert pricing.charge(price, Decimal(0)) == 0
+
+
+@pytest.mark.parametrize("duration", ["1e-2000000", "1e-9", "0.0001", "0", "-5", "1e-200000000", "1e200000000"])
+def test_no_duration_makes_a_call_cheap_or_an_estimate_long(duration: str) -> None:
+    """Found in review: a tiny duration held nothing, and printing it in full took all memory."""
+    price = SHIPPED.price_of("fal-ai/kling-video/v2/master/text-to-video")
+    asked = jsonbytes.parse(b'{"duration": %s}' % duration.encode())
+    held = pricing.ceiling(price, asked)
+    assert held.amount_micros >= price.unit_price_usd * 1_000_000
+    assert len(held.basis) < 200
