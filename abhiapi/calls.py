@@ -116,7 +116,12 @@ _OF_PROCESS = (
     .where(_in(*OPEN), _c.state == "held", _c.process_id == bindparam("process"))
     .limit(bindparam("most"))
 )
-_HOLDING = select(_c.process_id).where(_in(*OPEN), _c.state == "held").distinct()
+_HOLDING = (
+    select(_c.process_id, tables.processes.c.pid)
+    .join_from(tables.calls, tables.processes, _c.process_id == tables.processes.c.process_id)
+    .where(_in(*OPEN), _c.state == "held")
+    .distinct()
+)
 
 
 class CallEnded(Refused):
@@ -251,9 +256,9 @@ def of_process(tx: Tx, process_id: int, *, most: int) -> list[OpenCall]:
     return _open_calls(tx.all(_OF_PROCESS, process=process_id, most=most))
 
 
-def holding_processes(tx: Tx) -> list[int]:
-    """Processes that have held calls."""
-    return [row[0] for row in tx.all(_HOLDING)]
+def holding_processes(tx: Tx) -> list[tuple[int, int]]:
+    """Processes that have held calls: (number, pid)."""
+    return [(row[0], row[1]) for row in tx.all(_HOLDING)]
 
 
 def _open_calls(rows: Iterable[tuple[object, ...]]) -> list[OpenCall]:

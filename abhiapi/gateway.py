@@ -33,14 +33,13 @@ from abhiapi.ids import call_text
 from abhiapi.metering import Verdict
 from abhiapi.money import Micros, credits_text
 from abhiapi.runtime import SETTLE_PATIENCE_S, Runtime
+from abhiapi.settings import SLOW_CALLER_S
 
 log = logging.getLogger("abhiapi")
 
 # Answers up to this size are read whole before the first byte leaves, so that their charge can stand in the headers.
 WHOLE_BYTES_MAX = 64 * 1024
 FAL_REQUEST_ID_MAX = 100  # fal's are 36 characters long
-SLOW_CALLER_S = 600  # how much longer than fal a caller may take to read a large answer before it is cut off
-DEADLINE_SLACK_MS = 60_000  # a call's hold outlives both by this much
 
 
 class RequestBody(Protocol):
@@ -166,7 +165,7 @@ def _hold(rt: Runtime, caller: keys.Caller, call: calls.OpenCall, price: pricing
                 price_id=price_id,
                 process_id=rt.process_id,
                 mode=mode,
-                deadline_at=now + (rt.settings.upstream_timeout_s + SLOW_CALLER_S) * 1000 + DEADLINE_SLACK_MS,
+                deadline_at=now + rt.settings.longest_call_s * 1000,
                 created_at=now,
             ),
         )
@@ -175,6 +174,7 @@ def _hold(rt: Runtime, caller: keys.Caller, call: calls.OpenCall, price: pricing
         return price_id
 
     rt.price_ids[identity] = rt.write(admit)
+    rt.working_on.add(call.call_id)
 
 
 def _answer(rt: Runtime, call: _Call, reply: FalReply) -> Reply:
@@ -184,9 +184,15 @@ def _answer(rt: Runtime, call: _Call, reply: FalReply) -> Reply:
         reply.close()
         log.error("fal refused the operator's credential or account with status %d", status)
         refused = UpstreamRefused("fal does not accept calls from this service just now: nothing was charged")
-        return _failed(rt, call, refused, http_status=status)
+        return _failed(rt, call, refused, reply)
     body = MeteredBody(rt, call, reply)
-    whole = body.read_whole(WHOLE_BYTES_MAX)
+    try:
+        whole = body.read_whole(WHOLE_BYTES_MAX)
+        if whole is None:
+            body.read_first()  # an answer that is cut before its first byte still gets a proper error
+    except UpstreamError as error:
+        reply.close()
+        return _failed(rt, call, error, reply)
     without = wire.DIGESTS if body.is_changed else frozenset()
     if body.is_decoded:
         without |= {"content-encoding"}
@@ -230,14 +236,28 @@ def _whole_answer(
     return Reply(status, headers + outcome.headers(), whole)
 
 
-def _failed(rt: Runtime, call: _Call, error: UpstreamError, *, http_status: int | None = None) -> Reply:
+def _failed(rt: Runtime, call: _Call, error: UpstreamError, reply: FalReply | None = None) -> Reply:
     """No whole answer came: the hold is given back, and the caller told whether fal may have started."""
-    outcome = _settle(rt, call, metering.released(error.type), http_status=http_status)
+    request_id = None if reply is None else _request_id(reply)
+    outcome = _settle(
+        rt,
+        call,
+        metering.released(error.type),
+        http_status=None if reply is None else reply.status,
+        fal_request_id=request_id,
+    )
     shown = wire.error_for(call.dialect, error)
     member = wire.billing_member(call.open.model, outcome.charge_micros, outcome.balance_micros)
     body = wire.error_body(shown, billing=member)
     rt.metrics.refused.labels(shown.type).inc()
-    return Reply(shown.status, [*_json_headers(body), *outcome.headers()], body)
+    headers = [*_json_headers(body), *outcome.headers()]
+    if request_id is not None:
+        headers.append(("x-fal-request-id", request_id))
+    return Reply(shown.status, headers, body)
+
+
+def _request_id(reply: FalReply) -> str | None:
+    return (reply.value("x-fal-request-id") or "")[:FAL_REQUEST_ID_MAX] or None
 
 
 def _settle(
@@ -247,11 +267,9 @@ def _settle(
     now = rt.now_ms()
     call.is_ending = True
 
-    def finish(tx: Tx) -> _Outcome:
-        balance = calls.finish(
-            tx, call.open, verdict, now_ms=now, http_status=http_status, fal_request_id=fal_request_id
-        )
-        return _Outcome(verdict.charge_micros, balance)
+    def finish(tx: Tx, by: Verdict = verdict) -> _Outcome:
+        balance = calls.finish(tx, call.open, by, now_ms=now, http_status=http_status, fal_request_id=fal_request_id)
+        return _Outcome(by.charge_micros, balance)
 
     try:
         outcome = rt.write(finish, patience_s=SETTLE_PATIENCE_S)
@@ -260,12 +278,17 @@ def _settle(
         log.error("%s was ended by somebody else before its answer was settled", call_text(call.open.call_id))
     except DatabaseUnavailable as error:
         rt.metrics.parked.inc()
-        rt.settle_later(finish)
+        rt.settle_later(finish, call.open.call_id)
         log.error("the charge of %s could not be written yet: %s", call_text(call.open.call_id), error.message)
         raise ChargeNotRecorded(
             "fal answered, and the charge could not be written down, so the answer is withheld. "
             "It is settled as soon as the database takes writes again"
         ) from error
+    except AbhiError as error:  # the ledger refuses such a charge: the operator is asked
+        unknown = Verdict("unknown", units=verdict.units, reason="charge_refused")
+        outcome = rt.write(lambda tx: finish(tx, unknown), patience_s=SETTLE_PATIENCE_S)
+        log.error("the charge of %s was refused by the ledger: %s", call_text(call.open.call_id), error.message)
+    rt.working_on.discard(call.open.call_id)
     rt.metrics.ended[verdict.end].inc()
     rt.metrics.fal_seconds.observe(monotonic() - call.started)
     rt.metrics.credits.inc(outcome.charge_micros)
@@ -321,6 +344,14 @@ class MeteredBody:
                 self._gathered.append(piece)
                 size += len(piece)
         return None
+
+    def read_first(self) -> None:
+        """Wait for the first piece of a body that will be passed on as it comes. Raises `UpstreamError`."""
+        if not self._gathered and not self._ended:
+            piece = self._read1()
+            self._ended = not piece
+            if piece:
+                self._gathered.append(piece)
 
     def settle(self) -> _Outcome:
         """End the hold of a body that has ended. Once; a second time tells the same."""
@@ -411,7 +442,7 @@ class MeteredBody:
             self._call,
             verdict,
             http_status=self._reply.status,
-            fal_request_id=(self._reply.value("x-fal-request-id") or "")[:FAL_REQUEST_ID_MAX] or None,
+            fal_request_id=_request_id(self._reply),
         )
 
     def _is_short(self, most: int) -> bool:
@@ -435,6 +466,12 @@ def _refusal(rt: Runtime, error: AbhiError, dialect: wire.Dialect) -> Reply:
     if shown.retry_after_s is not None:
         headers.append(("Retry-After", str(shown.retry_after_s)))
     return Reply(shown.status, headers, body)
+
+
+def internal_error() -> Reply:
+    """The answer to a call that met a bug of ours."""
+    body = wire.error_body(AbhiError("something went wrong here: tell the operator of this service"))
+    return Reply(500, _json_headers(body), body)
 
 
 def _json_headers(body: bytes) -> wire.Headers:

@@ -21,10 +21,11 @@ GRACE_MS = 30_000  # an answer may still be on its way to the ledger for this lo
 
 def run_once(runtime: Runtime) -> int:
     """Release every hold that has nobody left to end it; how many."""
+    runtime.lock.keep()
     count = _sweep_overdue(runtime)
-    known = set(runtime.reader.read(processes.running)) | set(runtime.reader.read(calls.holding_processes))
-    for process_id in sorted(known - {runtime.process_id}):
-        if processes.reap(runtime.database.path, process_id):
+    pids = dict(runtime.reader.read(processes.running)) | dict(runtime.reader.read(calls.holding_processes))
+    for process_id in sorted(set(pids) - {runtime.process_id}):
+        if processes.reap(runtime.database.path, process_id, pids[process_id]):
             count += _sweep_process(runtime, process_id)
     if count:
         runtime.metrics.swept.inc(count)
@@ -35,7 +36,8 @@ def run_once(runtime: Runtime) -> int:
 def _sweep_overdue(runtime: Runtime) -> int:
     def release(tx: Tx) -> int:
         now = runtime.now_ms()
-        return _release(tx, calls.overdue(tx, now_ms=now - GRACE_MS, most=BATCH), "overdue", now)
+        found = calls.overdue(tx, now_ms=now - GRACE_MS, most=BATCH)
+        return _release(tx, [call for call in found if call.call_id not in runtime.working_on], "overdue", now)
 
     return _until_none_left(runtime, release)
 

@@ -22,6 +22,8 @@ def sweep_for_ever(rt: runtime.Runtime) -> None:
             sweep.run_once(rt)
         except AbhiError as error:  # the database's trouble: the next round tries again
             runtime.log.warning("the sweep will be tried again: %s", error.message)
+        except Exception:  # a bug, or trouble of the system's: without this line no hold would ever be swept again
+            runtime.log.exception("the sweep failed and will be tried again")
 
 
 rt = runtime.start(Settings.from_env())
