@@ -76,10 +76,12 @@ class GroupCommitter:
 
     def close(self) -> None:
         """Write what is waiting, then stop. Called once nothing can hand in more."""
-        self.write(lambda tx: None, patience_s=0)
-        self._greenlet.kill()
-        self._disconnect()
-        self._thread.kill()
+        try:
+            self.write(lambda tx: None, patience_s=0)
+        finally:
+            self._greenlet.kill()
+            self._disconnect()
+            self._thread.kill()
 
     def _run(self) -> None:
         while True:

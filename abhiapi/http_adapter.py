@@ -188,8 +188,12 @@ class _Pool:
 
 
 def _verifying_context() -> Any:
-    """A TLS context that trusts the system's authorities (or SSL_CERT_FILE) and certifi's."""
-    context = gevent.ssl.create_default_context()
+    """A TLS context that trusts the system's authorities (or SSL_CERT_FILE) and certifi's, and verifies host names.
+
+    gevent's own class by name: `create_default_context` makes one that blocks the event loop unless ssl was patched.
+    """
+    context = gevent.ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_default_certs()
     context.load_verify_locations(certifi.where())
     context.set_alpn_protocols(["http/1.1"])
     return context

@@ -11,7 +11,9 @@ import logging
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from importlib import resources
+from itertools import count
 from pathlib import Path
 
 from abhiapi.db import APPLICATION_ID, CLI_PATIENCE_S, Database, translated
@@ -47,7 +49,6 @@ def migrate(database: Database, *, steps: Sequence[Step] = STEPS, schema: str | 
     is_new = not database.exists()
     if is_new:
         _make_room(database.path, has_log)
-    if is_new:
         _make_private(database.path)
     try:
         connection = database.connect(busy_timeout_s=CLI_PATIENCE_S, create=is_new)
@@ -65,9 +66,9 @@ def migrate(database: Database, *, steps: Sequence[Step] = STEPS, schema: str | 
             )
         if version == 0:
             return _create(connection, database.path, schema or schema_sql(), version_wanted)
-        copy = _copy(connection, database.path, version)
-        for number in range(version, version_wanted):
-            _apply(connection, steps[number - 1], number)
+        copy = _upgrade(database, connection, version, steps)
+        if copy is None:  # another process was faster
+            return None
         return f"upgraded {database.path} from version {version} to {version_wanted}; the old one is kept as {copy}"
     except sqlite3.OperationalError as error:
         raise translated(error) from error
@@ -140,30 +141,51 @@ def _create(connection: sqlite3.Connection, path: Path, schema: str, version: in
     return f"created the database {path}"
 
 
-def _apply(connection: sqlite3.Connection, step: Step, number: int) -> None:
+def _upgrade(database: Database, connection: sqlite3.Connection, version: int, steps: Sequence[Step]) -> Path | None:
+    """Take the steps from ``version`` on; the copy of what was there before, None if there was nothing left to do."""
+    connection.execute("PRAGMA foreign_keys = OFF")  # a step may make a table anew; `_apply` looks at the end of each
+    copy: Path | None = None
+    for number, step in enumerate(steps[version - 1 :], start=version):
+        copy = _apply(database, connection, step, number, copy)
+    return copy
+
+
+def _apply(
+    database: Database, connection: sqlite3.Connection, step: Step, number: int, copy: Path | None
+) -> Path | None:
+    """Take one step in one transaction. The copy is made inside the first, when nobody else can write any more."""
+    made = None
     connection.execute("BEGIN IMMEDIATE")
     try:
         if int(connection.execute("PRAGMA user_version").fetchone()[0]) != number:
-            return  # another process was faster
+            return copy  # another process was faster
+        if copy is None:
+            copy = made = _copy(database, number)
         step(connection)
+        if connection.execute("PRAGMA foreign_key_check").fetchone():
+            raise SchemaError(f"the upgrade of {database.path} to version {number + 1} would lose references: not done")
         connection.execute(f"PRAGMA user_version = {number + 1}")
         connection.execute("COMMIT")
+    except BaseException:
+        if made is not None:  # what it is a copy of is still there, and a server that restarts would make one more
+            made.unlink(missing_ok=True)
+        raise
     finally:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
+    return copy
 
 
-def _copy(connection: sqlite3.Connection, path: Path, version: int) -> Path:
-    """A consistent copy of the database as it was, never over an earlier copy."""
-    number = 0
-    while True:
+def _copy(database: Database, version: int) -> Path:
+    """A consistent copy of the database as it was, never over an earlier copy, readable by no more people."""
+    path = database.path
+    for number in count():
         copy = path.with_name(f"{path.name}.v{version}{f'.{number}' if number else ''}.bak")
-        if not copy.exists():
+        try:
+            copy.touch(mode=path.stat().st_mode & 0o777, exist_ok=False)
             break
-        number += 1
-    target = sqlite3.connect(copy)
-    try:
-        connection.backup(target)
-    finally:
-        target.close()
+        except FileExistsError:
+            continue
+    with closing(database.connect()) as source, closing(sqlite3.connect(copy)) as target:
+        source.backup(target)
     return copy

@@ -56,7 +56,7 @@ def _credential(value: str) -> str | None:
 
 def _whole(least: int, most: int) -> Callable[[str], int]:
     def parse(value: str) -> int:
-        if not re.fullmatch(r"\d{1,15}", value) or not least <= int(value) <= most:
+        if not re.fullmatch(r"[0-9]{1,15}", value) or not least <= int(value) <= most:
             raise ValueError(f"must be a whole number from {least} to {most}")
         return int(value)
 
@@ -64,7 +64,7 @@ def _whole(least: int, most: int) -> Callable[[str], int]:
 
 
 def _margin(value: str) -> Decimal:
-    if not re.fullmatch(r"\d{1,3}(\.\d{1,9})?", value):
+    if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,9})?", value):
         raise ValueError("must be a plain decimal such as 0.05 (for 5 percent)")
     return Decimal(value)
 
@@ -94,7 +94,7 @@ def _database_url(value: str) -> str:
         raise ValueError("is not a database URL such as sqlite:////var/lib/abhiapi/abhiapi.db") from error
     if url.get_backend_name() == "postgresql":
         raise ValueError("names PostgreSQL, which this release does not support yet: use sqlite:////absolute/path.db")
-    if url.get_backend_name() != "sqlite":
+    if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):  # a ledger in memory is none
         raise ValueError("must be a URL such as sqlite:////absolute/path.db")
     return value
 
@@ -188,7 +188,7 @@ class Settings:
             try:
                 values[item.name] = item.metadata["parse"](text)
             except ValueError as error:
-                shown = "" if not item.repr else f" (it is {text[:80]!r})"
+                shown = f" (it is {_without_password(text)[:80]!r})" if item.repr else ""
                 problems.append(f"{variable.name} {error}{shown}")
         if problems:
             raise SettingsError(problems)
@@ -196,10 +196,20 @@ class Settings:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, with a ``.env`` file of the working folder filling in what it leaves out."""
+    """This process's environment, with a ``.env`` file of the working folder filling in what it leaves out.
+
+    Raises `SettingsError` where that file is no text.
+    """
     dotenv = Path.cwd() / ".env"
-    from_file = dotenv_values(dotenv) if dotenv.is_file() else {}
+    try:
+        from_file = dotenv_values(dotenv) if dotenv.is_file() else {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError([f"{dotenv} cannot be read: {error}"]) from error
     return {name: value for name, value in from_file.items() if value is not None} | dict(os.environ)
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"//[^/]*@", "//...@", url)
 
 
 def variables() -> list[Variable]:

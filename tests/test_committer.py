@@ -152,6 +152,128 @@ def test_a_lost_file_is_noticed_and_its_return_too(database: Database, writer: G
     reader.close()
 
 
+def test_commits_that_are_only_in_the_log_come_back_with_the_file(database: Database, writer: GroupCommitter) -> None:
+    """Nobody folds the log in before the file is moved away; while it is gone, everybody tries to use it."""
+    reader = Reader(database)
+    for name in ("ann", "bob"):
+        writer.write(create(name), patience_s=5)  # type: ignore[arg-type]
+        assert len(reader.read(accounts.everyone)) > 0
+    aside = database.path.with_name("aside.db")
+    database.path.rename(aside)
+    for use in (
+        lambda: writer.write(create("lost"), patience_s=0),  # type: ignore[arg-type]
+        lambda: reader.read(accounts.everyone),
+        lambda: database.read(accounts.everyone),
+        lambda: database.write(create("lost")),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(DatabaseUnavailable):
+            use()
+    reader.close()
+    aside.rename(database.path)
+    writer.write(create("cid"), patience_s=5)  # type: ignore[arg-type]
+    assert names(database) == ["ann", "bob", "cid"]
+
+
+def test_another_file_in_its_place_is_not_written_to_by_a_process_that_knew_the_first(
+    database: Database, writer: GroupCommitter
+) -> None:
+    """What that process keeps in memory, prices and its own number, belongs to the ledger that was there."""
+    writer.write(create("ann"), patience_s=5)  # type: ignore[arg-type]
+    reader = Reader(database)
+    reader.read(accounts.everyone)
+    copy = database.path.with_name("copy.db")
+    with closing(sqlite3.connect(database.path)) as source, closing(sqlite3.connect(copy)) as target:
+        source.backup(target)
+    aside = database.path.with_name("aside.db")
+    database.path.rename(aside)
+    copy.rename(database.path)
+    with pytest.raises(DatabaseUnavailable, match="another file stands where"):
+        writer.write(create("bob"), patience_s=0)  # type: ignore[arg-type]
+    with pytest.raises(DatabaseUnavailable, match="another file stands where"):
+        reader.read(accounts.everyone)
+    aside.rename(database.path)
+    writer.write(create("cid"), patience_s=5)  # type: ignore[arg-type]
+    assert [account.name for account in reader.read(accounts.everyone)] == ["ann", "cid"]
+    reader.close()
+
+
+def test_those_with_patience_outlast_those_without_and_come_in_their_order(
+    database: Database, writer: GroupCommitter
+) -> None:
+    """Charges wait for a lock; calls that come meanwhile are refused, and take no charge with them."""
+    with closing(sqlite3.connect(database.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        charges = [gevent.spawn(writer.write, create(f"charge-{n}"), patience_s=30) for n in range(3)]
+        holds = [gevent.spawn(writer.write, create(f"hold-{n}"), patience_s=0.1) for n in range(3)]
+        late = gevent.spawn(writer.write, create("charge-3"), patience_s=30)
+        gevent.joinall(holds, timeout=10)
+        assert [type(hold.exception) for hold in holds] == [Busy] * 3
+        assert not any(charge.ready() for charge in [*charges, late])
+        other.execute("ROLLBACK")
+    gevent.joinall([*charges, late], timeout=10, raise_error=True)
+    assert [charge.value for charge in [*charges, late]] == [1, 2, 3, 4]
+    assert names(database) == [f"charge-{n}" for n in range(4)]
+
+
+def test_a_trouble_of_the_disk_in_one_operation_undoes_and_tries_again_with_all(
+    database: Database, writer: GroupCommitter
+) -> None:
+    tries = 0
+
+    def troubled(tx: Tx) -> int:
+        nonlocal tries
+        tries += 1
+        made = accounts.create(tx, "troubled", now_ms=1).account_id
+        if tries < 3:
+            raise sqlite3.OperationalError("disk I/O error")
+        return made
+
+    jobs = [gevent.spawn(writer.write, op, patience_s=10) for op in (create("ann"), troubled, create("bob"))]
+    gevent.joinall(jobs, raise_error=True)
+    assert (tries, names(database)) == (3, ["ann", "bob", "troubled"])
+
+
+def test_a_bug_of_ours_is_told_to_those_who_wait_and_ends_no_others_service(
+    database: Database, writer: GroupCommitter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(**_: object) -> sqlite3.Connection:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(database, "connect", broken)
+        with pytest.raises(RuntimeError, match="a bug"):
+            writer.write(create("ann"), patience_s=5)  # type: ignore[arg-type]
+    writer.write(create("bob"), patience_s=5)  # type: ignore[arg-type]
+    assert names(database) == ["bob"]
+
+
+def test_a_reader_tells_trouble_from_bugs_and_mends_itself(database: Database) -> None:
+    reader = Reader(database)
+
+    def troubled(tx: Tx) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    def wrong(tx: Tx) -> None:
+        raise sqlite3.ProgrammingError("a bug")
+
+    with pytest.raises(DatabaseUnavailable, match="disk I/O"):
+        reader.read(troubled)
+    with pytest.raises(sqlite3.ProgrammingError):
+        reader.read(wrong)
+    assert reader.read(accounts.everyone) == []
+    reader.close()
+    reader.close()
+
+
+def test_a_closed_writer_has_written_what_was_handed_in(database: Database) -> None:
+    made = GroupCommitter(database)
+    jobs = [gevent.spawn(made.write, create(f"a{n}"), patience_s=5) for n in range(10)]
+    gevent.sleep(0)  # they hand it in
+    made.close()
+    gevent.joinall(jobs, raise_error=True)
+    assert len(names(database)) == 10
+
+
 def test_fal_cannot_be_asked_inside_a_transaction(writer: GroupCommitter) -> None:
     fal = Fal("http://127.0.0.1:9", "id:secret", timeout_s=1)
 

@@ -89,6 +89,92 @@ def test_a_failing_step_leaves_everything_before_it(database: Database, clock: C
     assert database.read(audit.verify).ok
 
 
+def test_a_failing_step_leaves_no_copy_of_what_is_still_there(database: Database) -> None:
+    """A server that is started again and again would fill the disk with them."""
+    with pytest.raises(RuntimeError):
+        migrate(database, steps=(fail_half_way,))
+    assert version_of(database.path) == 1
+    assert not list(database.path.parent.glob("*.bak"))
+
+
+def make_calls_anew(connection: sqlite3.Connection) -> None:
+    """The way to change a CHECK: a new table with the rows of the old one, under its name."""
+    (sql,) = connection.execute("SELECT sql FROM sqlite_master WHERE type = 'table' AND name = 'calls'").fetchone()
+    guards = connection.execute(
+        "SELECT sql FROM sqlite_master WHERE tbl_name = 'calls' AND type IN ('trigger', 'index') AND sql IS NOT NULL"
+    ).fetchall()
+    connection.execute(sql.replace("CREATE TABLE calls", "CREATE TABLE new_calls").replace("'queue')", "'queue', 'x')"))
+    connection.execute("INSERT INTO new_calls SELECT * FROM calls")
+    connection.execute("DROP TABLE calls")
+    connection.execute("ALTER TABLE new_calls RENAME TO calls")
+    for (guard,) in guards:
+        connection.execute(guard)
+
+
+def test_a_step_may_make_a_guarded_table_anew(database: Database, clock: Clock) -> None:
+    customer = Customer.new(database, clock)
+    customer.settle()
+    before = dump(database.path)
+    migrate(database, steps=(make_calls_anew,))
+    assert sorted(dump(database.path)) == sorted(before)
+    assert database.read(audit.verify).ok
+    with closing(sqlite3.connect(database.path)) as connection:
+        with pytest.raises(sqlite3.IntegrityError, match="never deleted"):
+            connection.execute("DELETE FROM calls")
+        connection.execute("UPDATE calls SET mode = 'x'")
+
+
+def lose_the_calls(connection: sqlite3.Connection) -> None:
+    connection.execute("DROP TRIGGER calls_are_kept")
+    connection.execute("DELETE FROM calls")
+
+
+def test_a_step_that_loses_rows_others_name_is_not_done(database: Database, clock: Clock) -> None:
+    Customer.new(database, clock).settle()
+    with pytest.raises(SchemaError, match="would lose references"):
+        migrate(database, steps=(lose_the_calls,))
+    assert version_of(database.path) == 1
+    assert database.read(audit.verify).ok
+
+
+def test_a_copy_is_readable_by_no_more_people_than_the_database(database: Database) -> None:
+    database.path.chmod(0o600)
+    migrate(database, steps=(add_colour,))
+    assert database.path.with_name("abhiapi.db.v1.bak").stat().st_mode & 0o777 == 0o600
+
+
+def _upgrade_in_another_process(url: str) -> str | None:
+    return migrate(Database(url), steps=(add_colour, add_shapes))
+
+
+def test_several_processes_may_upgrade_at_once(database: Database, clock: Clock) -> None:
+    """One takes the steps and keeps one copy, of the old version; the others find it done."""
+    Customer.new(database, clock).settle()
+    before = dump(database.path)
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        said = pool.map(_upgrade_in_another_process, [f"sqlite:///{database.path}"] * 8)
+    assert len([words for words in said if words]) >= 1
+    assert version_of(database.path) == 3
+    (copy,) = database.path.parent.glob("*.v1.*bak")
+    assert dump(copy) == before
+
+
+def test_a_database_that_is_gone_while_its_log_is_there_is_not_made_anew(database: Database, clock: Clock) -> None:
+    """SQLite would remove the log, with every entry that is not in the file yet."""
+    with closing(database.connect()) as server:
+        Customer.new(database, clock).settle()
+        aside = database.path.with_name("aside.db")
+        database.path.rename(aside)
+        server.close()
+        with pytest.raises(SchemaError, match="put the file back"):
+            migrate(database)
+        assert not database.path.exists()
+        aside.rename(database.path)
+    assert migrate(database) is None
+    finding = database.read(audit.verify)
+    assert (finding.ok, finding.entries) == (True, 2)
+
+
 def test_a_newer_database_is_refused(database: Database) -> None:
     migrate(database, steps=(add_colour,))
     with pytest.raises(SchemaError, match="newer than this program"):

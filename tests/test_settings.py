@@ -71,6 +71,34 @@ def test_secrets_are_neither_shown_nor_said() -> None:
     assert "top secret" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "abhiapi.db", "postgresql://localhost/ledger"])
+def test_a_database_that_cannot_keep_a_ledger_is_a_bad_setting(url: str) -> None:
+    with pytest.raises(SettingsError, match="ABHIAPI_DATABASE_URL"):
+        Settings.from_env({"ABHIAPI_DATABASE_URL": url})
+
+
+@pytest.mark.parametrize("name", ["ABHIAPI_DATABASE_URL", "ABHIAPI_LIMITS_URL", "ABHIAPI_FAL_RUN_URL"])
+def test_a_password_in_a_bad_url_is_not_said(name: str) -> None:
+    with pytest.raises(SettingsError, match=name) as refusal:
+        Settings.from_env({name: "postgresql://ann:top-secret@db.example:5432/ledger"})
+    assert "top-secret" not in str(refusal.value)
+    assert "db.example" in str(refusal.value)
+
+
+@pytest.mark.parametrize("digits", ["\u0663\u0663", "\uff13", "\u00b2"])
+def test_numbers_are_written_in_plain_digits(digits: str) -> None:
+    with pytest.raises(SettingsError) as refusal:
+        Settings.from_env({"ABHIAPI_CONCURRENCY": digits, "ABHIAPI_MARGIN": digits})
+    assert len(refusal.value.problems) == 2
+
+
+def test_a_dotenv_file_that_is_no_text_is_a_bad_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".env").write_bytes(b"FAL_KEY=\xff\xfe\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError, match=r"\.env cannot be read"):
+        Settings.from_env()
+
+
 def test_an_empty_value_is_the_default() -> None:
     assert Settings.from_env({"ABHIAPI_MARGIN": "", "FAL_KEY": "  "}) == Settings.from_env({})
 
