@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gevent
 
-from abhiapi import runtime, sweep
+from abhiapi import reconcile, runtime, sweep
 from abhiapi.errors import AbhiError
 from abhiapi.settings import Settings
 from abhiapi.web import create_app
@@ -24,7 +24,18 @@ def sweep_for_ever(rt: runtime.Runtime) -> None:
             runtime.log.warning("the sweep will be tried again: %s", error.message)
 
 
+def reconcile_for_ever(rt: runtime.Runtime) -> None:
+    """Settle jobs that nobody asks about; beside the sweep, since a round takes as long as fal takes to answer."""
+    while True:
+        try:
+            reconcile.run_once(rt)
+        except AbhiError as error:
+            runtime.log.warning("open jobs will be looked at again: %s", error.message)
+        gevent.sleep(rt.settings.reconcile_interval_s)
+
+
 rt = runtime.start(Settings.from_env())
 sweep.run_once(rt)  # holds of a process that was killed end before the first call comes in
 gevent.spawn(sweep_for_ever, rt)
+gevent.spawn(reconcile_for_ever, rt)
 app = create_app(rt)

@@ -114,9 +114,7 @@ class Fal:
     @contextmanager
     def started(cls, folder: Path) -> Iterator[Fal]:
         port = free_port()
-        process = Process.start(
-            ["cli.py", "sandbox", "--bind", f"127.0.0.1:{port}"], folder / "fal.log", environment()
-        )
+        process = Process.start(["cli.py", "sandbox", "--bind", f"127.0.0.1:{port}"], folder / "fal.log", environment())
         running = cls(process, f"http://127.0.0.1:{port}")
         try:
             until(lambda: _answers(running.url + "/_sandbox/calls", process), what="the simulator answers")
@@ -154,9 +152,7 @@ class Books:
         def make(tx: Tx) -> str:
             account = accounts.create(tx, name, plan=plan, now_ms=self.clock())
             if credits:
-                ledger.topup(
-                    tx, account.account_id, Micros(credits * 1000), ref=None, note=None, now_ms=self.clock()
-                )
+                ledger.topup(tx, account.account_id, Micros(credits * 1000), ref=None, note=None, now_ms=self.clock())
             return keys.create(tx, account.account_id, name=None, expires_at=None, now_ms=self.clock())[0]
 
         return name, self.write(make)
@@ -224,6 +220,7 @@ class Server:
                 "FAL_KEY": OPERATOR_KEY,
                 "ABHIAPI_DATABASE_URL": url,
                 "ABHIAPI_FAL_RUN_URL": fal_url,
+                "ABHIAPI_FAL_QUEUE_URL": f"{fal_url}/queue",
                 "ABHIAPI_RATE_PER_MINUTE": "100000",
                 "ABHIAPI_CONCURRENCY": "1000",
             }

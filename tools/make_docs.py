@@ -1,7 +1,7 @@
 """Writes the generated parts of the docs: docs/cli.md and the table of docs/settings.md.
 
-    python tools/make_docs.py          write them
-    python tools/make_docs.py --check  exit 1 if they are not up to date
+python tools/make_docs.py          write them
+python tools/make_docs.py --check  exit 1 if they are not up to date
 """
 
 from __future__ import annotations
