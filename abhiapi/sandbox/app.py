@@ -102,9 +102,11 @@ class Sandbox:
     def _polled(
         self, environ: WSGIEnvironment, start_response: StartResponse, action: str, request_id: str
     ) -> Iterable[bytes]:
-        """Status, result or cancel of a queued job. Only weather ordered for ``queue/{action}`` touches it."""
+        """Status, result or cancel of a queued job. Only weather ordered for ``queue/{action}``, or for this very
+        job by ``queue/{action}/{request id}``, touches it."""
         call = self._receive(environ, environ["PATH_INFO"], keep=False)
-        wanted = self.forecast.take_meant_for(f"queue/{action}")
+        meant = self.forecast.take_meant_for
+        wanted = meant(f"queue/{action}/{request_id}") or meant(f"queue/{action}")
         if not _is_authorized(environ.get("HTTP_AUTHORIZATION", "")):
             reply = replies.error(401, call.path, call.host)
         elif wanted is not None and (wanted.status is not None or wanted.body is not None):

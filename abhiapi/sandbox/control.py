@@ -178,8 +178,9 @@ Weather: how the next answers go wrong
   echo               1: the request body's sha256 and length
   queue_s, run_s     seconds a queued job waits, and runs; queue_until: waits until a name is released (hold_until:
                      runs until); ignores_cancel=1: once it runs, it finishes. status, units, body and so on are the
-                     job's result's, the connection's weather is the submit's; a match of queue/status, queue/result
-                     or queue/cancel (ahead of time) is for the next such call: status, body, delay_s, connection
+                     job's result's, the connection's weather is the submit's. Ahead of time, a match of queue/status,
+                     queue/result or queue/cancel, with /REQUEST_ID for one job's, is for the next such call:
+                     status, body, delay_s, connection
   (with size_bytes and echo the input is not looked at, and the call is billed as 1 unit)
   all keys: {keys}
 
