@@ -6,6 +6,7 @@ nothing here is lost that matters.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable
 from time import monotonic
 from typing import Any, Generic, TypeVar, cast
@@ -13,13 +14,14 @@ from typing import Any, Generic, TypeVar, cast
 import gevent
 from gevent.event import AsyncResult
 
-from abhiapi.errors import RateLimited
+from abhiapi.errors import RateLimited, TooManyConcurrent
 
 T = TypeVar("T")
 
 FRESH_S = 0.3  # how old a status may be
 POLLS_PER_SECOND = 1_000  # per key; ten polls a second for each of a hundred jobs
 POLLS_AT_ONCE = 2_000
+OPEN_MAX = 500  # status streams and large results of one account on their way at once
 BUCKETS_MAX = 4_096
 KEPT_MAX = 10_000
 
@@ -60,12 +62,16 @@ class Shared(Generic[T]):
         self._entries.pop(key, None)
 
     def _forget_old(self) -> None:
-        """Drop what is old, from the oldest on; what is on its way stays."""
-        if len(self._entries) < 64:
-            return
+        """Drop what is old, from the oldest on, a few at a time so that nobody pays for everybody's."""
         since = self._now() - self._fresh_s
-        for key in [key for key, (_, done) in self._entries.items() if done and done[0] <= since]:
+        for _ in range(min(4, len(self._entries))):
+            key = next(iter(self._entries))
+            answer, done = self._entries[key]
+            if done and done[0] > since:
+                return
             del self._entries[key]
+            if not done:
+                self._entries[key] = (answer, done)  # still on its way: looked at again later
 
 
 class Polls:
@@ -77,6 +83,7 @@ class Polls:
         # What a job asked for and its price, for the answers that come without units; kept as long as there is room.
         self.asked: dict[int, Any] = {}
         self._buckets: dict[int, tuple[float, float]] = {}
+        self._open: Counter[int] = Counter()
 
     def allow(self, key_id: int) -> None:
         """Count a poll. Raises `RateLimited`, far above what any client does."""
@@ -88,6 +95,22 @@ class Polls:
         if len(self._buckets) >= BUCKETS_MAX:
             self._buckets.clear()
         self._buckets[key_id] = (left - 1, now)
+
+    def check_open(self, account_id: int) -> None:
+        """Raises `TooManyConcurrent` where an account has more answers open than any program reads."""
+        if self._open[account_id] >= OPEN_MAX:
+            raise TooManyConcurrent(f"{OPEN_MAX} streams of this account are open already", retry_after_s=1)
+
+    def opened(self, account_id: int) -> Callable[[], None]:
+        """Count an answer that leaves in pieces; call what comes back when it has ended."""
+        self._open[account_id] += 1
+
+        def close() -> None:
+            self._open[account_id] -= 1
+            if self._open[account_id] <= 0:
+                del self._open[account_id]
+
+        return close
 
     def keep_asked(self, call_id: int, asked: Any) -> None:
         while len(self.asked) >= KEPT_MAX:

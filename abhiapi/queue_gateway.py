@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterator
+from time import monotonic
 
 from abhiapi import admission, calls, encodings, jobs, jsonbytes, keys, metering, pricing, queuewire, settlement, wire
 from abhiapi.admission import WHOLE_BYTES_MAX, Call, Outcome, Reply, Request
 from abhiapi.db import Tx
 from abhiapi.errors import (
     AbhiError,
+    BodyIncomplete,
     ChargeNotRecorded,
     DatabaseUnavailable,
     MethodNotAllowed,
@@ -38,6 +40,7 @@ log = logging.getLogger("abhiapi")
 
 SUBMIT_BYTES_MAX = 1024 * 1024  # of fal's answer to a submit
 ASKED_BYTES_MAX = 16 * 1024  # a request up to this size is kept in memory for an answer without units
+STREAM_MAX_S = 86_400  # how long a status stream may be silent, all in all: a job may wait in fal's queue for hours
 EVENT_BYTES_MAX = 16 * 1024 * 1024  # one line of a status stream
 
 _UNKNOWN_SUBMIT = Verdict("unknown", reason="submit_outcome_unknown")
@@ -65,9 +68,12 @@ def run(rt: Runtime, request: Request) -> Reply:
         job = rt.reader.read(lambda tx: jobs.find(tx, caller.account_id, route.request_id))
         if job is None:
             return _not_found(rt)
+        rt.polls.check_open(caller.account_id)
         reply = _ANSWERS[route.action](rt, job, request, dialect)
     except AbhiError as error:
         return admission.refusal(rt, error, dialect)
+    if not isinstance(reply.body, bytes):
+        reply.body.when_closed = rt.polls.opened(caller.account_id)
     return admission.with_headers(reply, [("x-abhiapi-call-id", call_text(job.call.call_id))])
 
 
@@ -167,7 +173,8 @@ def _status_stream(rt: Runtime, job: Job, request: Request, dialect: wire.Dialec
     """fal's events as they come, with our URLs; the job is settled before the event that shows it complete leaves."""
     path = queuewire.job_path(job.call.model, job.request_id, "stream")
     headers = [("accept", "text/event-stream"), ("accept-encoding", "identity")]
-    reply = rt.fal_queue.send("GET", f"{path}?logs={int(queuewire.wants_logs(request.query))}", headers, None)
+    target = f"{path}?logs={int(queuewire.wants_logs(request.query))}"
+    reply = rt.fal_queue.send("GET", target, headers, None, timeout_s=STREAM_MAX_S)
     if reply.status != 200 or not wire.is_event_stream(reply.value("content-type")):
         return _passed(rt, job, settlement.read_whole(reply), dialect)
     shown = wire.response_headers(reply.headers, secret=rt.settings.fal_key or "", without=wire.DIGESTS)
@@ -179,7 +186,7 @@ def _result(rt: Runtime, job: Job, request: Request, dialect: wire.Dialect) -> R
     outcome = settlement.look(rt, job)
     query = wire.forwarded_query(request.query)
     target = queuewire.job_path(job.call.model, job.request_id, "result") + ("?" + query if query else "")
-    reply = rt.fal_queue.send("GET", target, wire.request_headers(request.headers.items()), None)
+    reply = settlement.fetch(rt, target, wire.request_headers(request.headers.items()))
     try:
         settlement.refuse_operators_trouble(reply.status)
         if outcome is None:  # it ran a moment ago; an answer says that it has completed since
@@ -322,10 +329,13 @@ class ResultBody:
 
     def _iterate(self) -> Generator[bytes]:
         splicer = jsonbytes.Splicer() if self.is_json else None
+        give_up = monotonic() + admission.SLOW_CALLER_S
         while piece := (self._read.pop(0) if self._read else b"" if self._ended else self._read1()):
             ready = splicer.feed(piece) if splicer else piece
             if ready:
                 yield ready
+            if monotonic() > give_up:
+                raise BodyIncomplete("the answer was read too slowly: it can be fetched again")
         if splicer:
             yield splicer.end(self._member)
 

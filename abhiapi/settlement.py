@@ -16,7 +16,7 @@ import gevent
 from abhiapi import admission, calls, jobs, jsonbytes, metering, queuewire, wire
 from abhiapi.admission import Outcome
 from abhiapi.db import Tx
-from abhiapi.errors import UpstreamBroken, UpstreamError, UpstreamRefused
+from abhiapi.errors import UpstreamBroken, UpstreamError, UpstreamRefused, UpstreamUnreachable
 from abhiapi.estimates import Estimate
 from abhiapi.fal import FalReply
 from abhiapi.ids import call_text
@@ -32,6 +32,7 @@ SETTLE_PATIENCE_S = 10
 NOT_FOUND_AFTER_MS = 60_000  # a job that fal does not know is given this long to appear
 UNAVAILABLE_AFTER_MS = 86_400_000  # a result that cannot be had for this long is the operator's to look into
 RETRIES, RETRY_S = 4, 0.25
+FETCHES, FETCH_AGAIN_S = 4, 0.1
 _PLAIN: wire.Headers = [("accept", "application/json"), ("accept-encoding", "identity")]
 
 
@@ -58,17 +59,37 @@ def read_whole(reply: FalReply, most: int = SMALL_BYTES_MAX) -> Seen:
     return Seen(reply.status, reply.headers, b"".join(pieces))
 
 
+def fetch(rt: Runtime, target: str, headers: wire.Headers) -> FalReply:
+    """fal's answer to a GET, asked for again where the way to the queue was in trouble (fal-protocol 1.4).
+
+    fal's Python client gives a job up at the first 502 of ours, and looking costs nothing; so we are the patient ones.
+    Raises `Upstream*`.
+    """
+    for attempt in range(FETCHES):
+        try:
+            reply = rt.fal_queue.send("GET", target, headers, None)
+        except (UpstreamUnreachable, UpstreamBroken):
+            if attempt == FETCHES - 1:
+                raise
+        else:
+            is_ingress = reply.status in (502, 503, 504) and reply.value("x-fal-request-id") is None
+            if not is_ingress or attempt == FETCHES - 1:
+                return reply
+            reply.close()
+        gevent.sleep(FETCH_AGAIN_S * 2**attempt)
+    raise AssertionError("unreachable")
+
+
 def status(rt: Runtime, job: Job, *, with_logs: bool) -> Seen:
     """A job's status, at most a moment old. Raises `Upstream*`."""
 
-    def fetch() -> Seen:
+    def look() -> Seen:
         path = queuewire.job_path(job.call.model, job.request_id, "status")
-        reply = rt.fal_queue.send("GET", f"{path}?logs={int(with_logs)}", _PLAIN, None)
-        seen = read_whole(reply)
+        seen = read_whole(fetch(rt, f"{path}?logs={int(with_logs)}", _PLAIN))
         refuse_operators_trouble(seen.status)
         return seen
 
-    seen: Seen = rt.polls.statuses.get((job.call.call_id, with_logs), fetch)
+    seen: Seen = rt.polls.statuses.get((job.call.call_id, with_logs), look)
     return seen
 
 

@@ -6,12 +6,16 @@ point here.
 
 from __future__ import annotations
 
+from time import monotonic
+
 import gevent
 
 from abhiapi import reconcile, runtime, sweep
 from abhiapi.errors import AbhiError
 from abhiapi.settings import Settings
 from abhiapi.web import create_app
+
+ROUND_PAUSE_S = 0.5  # between rounds of the reconciler that take as long as the interval
 
 
 def sweep_for_ever(rt: runtime.Runtime) -> None:
@@ -27,11 +31,12 @@ def sweep_for_ever(rt: runtime.Runtime) -> None:
 def reconcile_for_ever(rt: runtime.Runtime) -> None:
     """Settle jobs that nobody asks about; beside the sweep, since a round takes as long as fal takes to answer."""
     while True:
+        started = monotonic()
         try:
             reconcile.run_once(rt)
         except AbhiError as error:
             runtime.log.warning("open jobs will be looked at again: %s", error.message)
-        gevent.sleep(rt.settings.reconcile_interval_s)
+        gevent.sleep(max(ROUND_PAUSE_S, rt.settings.reconcile_interval_s - (monotonic() - started)))
 
 
 rt = runtime.start(Settings.from_env())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,28 @@ def test_trouble_on_the_way_to_the_result_is_not_the_jobs(shared_server: Server,
     status = customer.completed(request_id)
     assert status.json()["_billing"]["credits_used"] == 26.25
     assert books.calls(account)[0].charged_micros == FLUX_MICROS
+
+
+def test_a_poll_survives_trouble_on_the_way(shared_server: Server, books: Books, fal: Fal) -> None:
+    """fal's Python client gives a job up at the first 502; so the proxy looks again before it answers."""
+    _, key = books.account(1000)
+    customer = Jobs(shared_server, key)
+    request_id = customer.job()
+    customer.completed(request_id)
+    for action, ask in (("status", customer.status), ("result", customer.result)):
+        match = f"queue/{action}/{request_id}"
+        ordered = [{"match": match, "status": 503, "body": "html"}, {"match": match, "drop": "before_headers"}]
+        requests.post(fal.url + "/_sandbox/weather", json=ordered, timeout=10).raise_for_status()
+
+        def is_past(ask: Callable[[str], requests.Response] = ask, match: str = match) -> bool:
+            assert ask(request_id).status_code == 200
+            return match not in coming(fal)
+
+        until(is_past, what="the trouble was met")
+
+
+def coming(fal: Fal) -> str:
+    return requests.get(fal.url + "/_sandbox/weather", timeout=10).text
 
 
 def test_the_price_is_that_of_the_submit(shared_server: Server, books: Books, fal: Fal) -> None:

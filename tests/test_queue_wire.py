@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abhiapi import errors, jsonbytes, queuewire
-from abhiapi.polls import POLLS_AT_ONCE, Polls, Shared
+from abhiapi.polls import OPEN_MAX, POLLS_AT_ONCE, Polls, Shared
 
 JOB = "019da0f9-f0d6-7eb0-9e16-d7bcfd663a72"
 BASE, FAL = "https://proxy.example.com", "https://queue.fal.run"
@@ -248,3 +248,13 @@ def test_floods_of_polls_are_refused() -> None:
     with pytest.raises(errors.RateLimited):
         flood()
     polls.allow(2)
+
+
+def test_open_streams_are_bounded_for_each_account() -> None:
+    polls = Polls()
+    closing = [polls.opened(1) for _ in range(OPEN_MAX)]
+    with pytest.raises(errors.TooManyConcurrent):
+        polls.check_open(1)
+    polls.check_open(2)
+    closing.pop()()
+    polls.check_open(1)
