@@ -43,6 +43,7 @@ ASKED_BYTES_MAX = 16 * 1024  # a request up to this size is kept in memory for a
 STREAM_MAX_S = 86_400  # how long a status stream may be silent, all in all: a job may wait in fal's queue for hours
 EVENT_BYTES_MAX = 16 * 1024 * 1024  # one line of a status stream
 
+_SUBMITTING = frozenset(("POST", "GET", "PUT", "PATCH", "DELETE"))  # HEAD and OPTIONS would hold for nothing
 _UNKNOWN_SUBMIT = Verdict("unknown", reason="submit_outcome_unknown")
 
 
@@ -85,6 +86,8 @@ def _submit(
 ) -> Reply:
     """A job, once its caller is known and within limits. Raises what is answered in its place."""
     admission.refuse_target(request)
+    if request.method not in _SUBMITTING:
+        raise MethodNotAllowed("a job is submitted with POST")
     queuewire.refuse_webhook(request.query)
     model, _ = wire.endpoint_of(path)
     price = rt.catalogue(caller.own_price_id).price_of(model)
