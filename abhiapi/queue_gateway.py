@@ -39,7 +39,7 @@ from abhiapi.settlement import Seen
 log = logging.getLogger("abhiapi")
 
 SUBMIT_BYTES_MAX = 1024 * 1024  # of fal's answer to a submit
-ASKED_BYTES_MAX = 16 * 1024  # a request up to this size is kept in memory for an answer without units
+ASKED_BYTES_MAX = 4 * 1024  # a request up to this size is kept in memory for an answer without units
 STREAM_MAX_S = 86_400  # how long a status stream may be silent, all in all: a job may wait in fal's queue for hours
 EVENT_BYTES_MAX = 16 * 1024 * 1024  # one line of a status stream
 
