@@ -72,7 +72,8 @@ def run(rt: Runtime, request: Request) -> Reply:
         rt.polls.check_open(caller.account_id)
         reply = _ANSWERS[route.action](rt, job, request, dialect)
     except AbhiError as error:
-        return admission.refusal(rt, error, dialect)
+        # Whatever the dialect: asking about a job costs nothing, so a client that repeats a 502 or 504 does well.
+        return admission.refusal(rt, error, "table")
     if not isinstance(reply.body, bytes):
         reply.body.when_closed = rt.polls.opened(caller.account_id)
     return admission.with_headers(reply, [("x-abhiapi-call-id", call_text(job.call.call_id))])

@@ -187,6 +187,22 @@ def test_a_poll_survives_trouble_on_the_way(shared_server: Server, books: Books,
         until(is_past, what="the trouble was met")
 
 
+def test_a_poll_that_fal_does_not_answer_may_be_repeated(shared_server: Server, books: Books, fal: Fal) -> None:
+    """502 even for fal's own clients, which repeat it: the job is still there, and is charged once it is seen."""
+    account, key = books.account(1000)
+    customer = Jobs(shared_server, key)
+    request_id = customer.job(weather="queue_s=0; hold_until=fal-is-back")
+    match = f"queue/status/{request_id}"
+    ordered = [{"match": match, "drop": "before_headers"}] * 40
+    requests.post(fal.url + "/_sandbox/weather", json=ordered, timeout=10).raise_for_status()
+    refused = until(lambda: (code := customer.status(request_id).status_code) != 202 and code, what="a refusal")
+    assert refused == 502
+    assert books.calls(account)[0].state == "sent"
+    requests.delete(fal.url + "/_sandbox/weather", timeout=10).raise_for_status()
+    fal.release("fal-is-back")
+    assert customer.completed(request_id).json()["_billing"]["credits_used"] == 26.25
+
+
 def coming(fal: Fal) -> str:
     return requests.get(fal.url + "/_sandbox/weather", timeout=10).text
 
