@@ -219,11 +219,13 @@ def whole_answer(
     is_json: bool,
     of_fal: int,
 ) -> Reply:
-    """A small answer with its charge. Errors that are no JSON, or show the credential, get our words instead."""
+    """A small answer with its charge. Errors that are no JSON, and what shows the credential, get our words instead."""
     member = wire.billing_member(model, outcome.charge_micros, outcome.balance_micros)
-    secret = (rt.settings.fal_key or "").encode()
-    if of_fal >= 400 and (not is_json or not jsonbytes.is_json(whole) or secret in whole):
+    secret = wire.worth_hiding(rt.settings.fal_key)
+    shows_secret = secret is not None and secret.encode() in whole
+    if shows_secret or (of_fal >= 400 and not (is_json and jsonbytes.is_json(whole))):
         error = UpstreamError(f"fal answered with status {of_fal} and no explanation")
+        status = status if of_fal >= 400 else error.status
         headers = [(name, value) for name, value in headers if not name.lower().startswith("content-")]
         headers.append(("Content-Type", "application/json"))
         whole = wire.error_body(error, status=status, billing=member)

@@ -217,7 +217,7 @@ def refund(tx: Tx, call_id: int, amount_micros: Micros | None, *, now_ms: int) -
     if amount <= 0 or tx.run(_REFUND, call=call_id, amount=amount) != 1:
         raise Refused(
             f"{call_text(call_id)} was charged {credits_text(charged)} credits, of which {credits_text(refunded)} are "
-            f"already refunded: {credits_text(amount) if amount > 0 else 'nothing'} cannot be refunded"
+            f"already refunded: {f'{credits_text(amount)} cannot be refunded' if amount > 0 else 'nothing is left'}"
         )
     _count(tx, account_id, key_id, model, finished_at, 0, Micros(-amount), 0)
     return ledger.append(tx, account_id, "refund", amount, now_ms=now_ms, call_id=call_id)

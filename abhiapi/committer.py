@@ -9,6 +9,7 @@ disk is waited for in the thread, and another process's lock is waited for witho
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from collections import deque
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from abhiapi.db import Busy, Database, Tx, file_identity, is_trouble, marked, tr
 from abhiapi.errors import DatabaseUnavailable
 
 T = TypeVar("T")
+log = logging.getLogger("abhiapi")
 
 GROUP_MAX = 256  # operations in one transaction; keeps a commit short whatever has queued up
 RETRY_FIRST_S, RETRY_MAX_S = 0.001, 0.05
@@ -76,6 +78,7 @@ class GroupCommitter:
         self.write(lambda tx: None, patience_s=0)
         self._greenlet.kill()
         self._disconnect()
+        self._thread.kill()
 
     def _run(self) -> None:
         while True:
@@ -94,9 +97,17 @@ class GroupCommitter:
                     pending = self._without_expired(pending, error)
                     gevent.sleep(pause_s)
                     pause_s = min(pause_s * 2, RETRY_MAX_S)
+                except Exception as error:  # a bug: whoever waits is told, and the writer goes on for the others
+                    log.exception("a group of %d writes failed", len(group))
+                    self._disconnect()
+                    for ticket in group:
+                        ticket.error = ticket.error or error
+                        ticket.done.set()
                 else:
                     self._on_group(len(group))
                     pause_s = RETRY_FIRST_S
+                    if len(group) > 1:
+                        gevent.sleep(0)  # those who were just told may have more to write: larger groups, fewer commits
 
     def _without_expired(self, pending: deque[_Ticket], error: sqlite3.Error | DatabaseUnavailable) -> deque[_Ticket]:
         """Tell those whose patience has ended what the trouble is; the others go on waiting."""
@@ -137,7 +148,7 @@ class GroupCommitter:
                         ticket.error = error
                         if connection.total_changes != before:
                             return False
-            self._thread.apply(connection.execute, ("COMMIT",))
+            in_thread(self._thread, lambda: connection.execute("COMMIT"))
             return True
         finally:
             if connection.in_transaction:
@@ -151,15 +162,34 @@ class GroupCommitter:
             raise DatabaseUnavailable("the database file is gone", retry_after_s=5)
         if self._connection is None or self._tx is None or identity != self._file:
             self._disconnect()
-            self._connection = self._thread.apply(self._database.connect)
+            self._connection = in_thread(self._thread, self._database.connect)
             self._tx = self._database.tx(self._connection)
             self._file = identity
         return self._connection, self._tx
 
     def _disconnect(self) -> None:
         if self._connection is not None:
-            self._thread.apply(self._connection.close)
+            in_thread(self._thread, self._connection.close)
         self._connection = None
+
+
+def in_thread(pool: ThreadPool, task: Callable[[], T]) -> T:
+    """Run what may wait for the disk in a native thread, while other greenlets go on.
+
+    Errors come back as values: gevent prints those that a task raises, and where that print fails (stderr on the
+    very disk that is full) the result would never arrive.
+    """
+    result, error = pool.apply(_caught, (task,))
+    if error is not None:
+        raise error
+    return result  # type: ignore[no-any-return]
+
+
+def _caught(task: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    try:
+        return task(), None
+    except BaseException as error:
+        return None, error
 
 
 def _roll_back(connection: sqlite3.Connection) -> None:

@@ -23,7 +23,7 @@ class DecodingReader:
     def __call__(self) -> bytes:
         """The next plain bytes; b"" at the whole end."""
         while True:
-            if not self._compressed and not (self._decoder.eof and self._decoder.unused_data):
+            if not self._compressed:
                 self._compressed = self._read1()
                 if not self._compressed:
                     if self._started and not self._decoder.eof:
@@ -35,12 +35,12 @@ class DecodingReader:
 
     def _decode(self) -> bytes:
         if self._decoder.eof:  # another gzip member follows
-            self._compressed = self._decoder.unused_data + self._compressed
             self._decoder = zlib.decompressobj(wbits=47)
         self._started = True
         try:
             plain = self._decoder.decompress(self._compressed, _PIECE_BYTES)
         except zlib.error as error:
             raise UpstreamBroken("fal's answer is not compressed the way it says") from error
-        self._compressed = self._decoder.unconsumed_tail
+        # At a member's end `unconsumed_tail` may still hold what is in `unused_data`: the same bytes twice.
+        self._compressed = self._decoder.unused_data if self._decoder.eof else self._decoder.unconsumed_tail
         return plain

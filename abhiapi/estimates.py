@@ -40,6 +40,7 @@ IMAGE_SIZES: Mapping[str, tuple[int, int]] = {
 }
 SIDE_MAX = 14_142  # the toolkit refuses longer sides
 SIDE_ANSWERED_MAX = 100_000  # an upscaler's output may be longer; beyond this the answer is nonsense
+LEAST = Decimal("0.000001")  # a smaller count, size or duration is no parameter of any model
 COUNT_MAX = 10_000  # a hold is asked for at most this many images or seconds; fal refuses such input anyway
 COUNT_UNREADABLE = Decimal(4)  # images held where the count is not one; 4 is fal's usual limit
 PIXELS_PER_MEGAPIXEL = 1_000_000
@@ -129,10 +130,10 @@ def _quantity_ceiling(estimate: Estimate, call_input: Json) -> tuple[Decimal, st
             each = estimate.maximum if pixels is None else _megapixels_up(pixels)
             return each * count, f"{_plural(count, 'image')} of up to {decimal_text(each)} MP"
         case "seconds":
-            seconds = _or_maximum(_seconds(estimate, call_input), estimate)
+            seconds = _seconds_ceiling(estimate, call_input)
             return seconds, f"{decimal_text(seconds)} s"
         case "tokens":
-            seconds = _or_maximum(_seconds(estimate, call_input), estimate)
+            seconds = _seconds_ceiling(estimate, call_input)
             resolution = _plain_text(_given(estimate, call_input, "resolution"))
             largest = max(estimate.size_by_resolution.values())
             pixels = estimate.size_by_resolution.get(resolution, largest)
@@ -253,12 +254,14 @@ def _seconds_answered(estimate: Estimate, call_input: Json, answer: Json) -> Dec
     return asked
 
 
-def _or_maximum(quantity: Decimal | None, estimate: Estimate) -> Decimal:
-    return estimate.maximum if quantity is None else quantity
+def _seconds_ceiling(estimate: Estimate, call_input: Json) -> Decimal:
+    """Seconds to hold for: at least one, since no model makes less, whatever somebody asks for."""
+    seconds = _seconds(estimate, call_input)
+    return estimate.maximum if seconds is None else max(seconds, Decimal(1))
 
 
 def _positive(given: Any, most: int) -> Decimal | None:
-    """A number above zero, at most ``most``; None for anything else (texts of digits count)."""
+    """A number of at least `LEAST`, at most ``most``; None for anything else (texts of digits count)."""
     if isinstance(given, str):
         match = _NUMBER.fullmatch(given.strip())
         given = Decimal(match[1]) if match else None
@@ -266,7 +269,7 @@ def _positive(given: Any, most: int) -> Decimal | None:
         return None
     if isinstance(given, Decimal) and not given.is_finite():
         return None
-    return Decimal(min(given, most)) if given > 0 else None
+    return Decimal(min(given, most)) if given >= LEAST else None
 
 
 def _pictures(answer: Json) -> list[Any]:

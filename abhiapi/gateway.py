@@ -73,7 +73,7 @@ def _answer(rt: Runtime, call: Call, reply: FalReply) -> Reply:
     without = wire.DIGESTS if body.is_changed else frozenset()
     if body.is_decoded:
         without |= {"content-encoding"}
-    headers = wire.response_headers(reply.headers, secret=rt.settings.fal_key or "", without=without)
+    headers = wire.response_headers(reply.headers, secret=wire.worth_hiding(rt.settings.fal_key), without=without)
     shown_status = wire.status_for(call.dialect, status)
     if whole is None:
         length = reply.value("content-length")

@@ -6,6 +6,7 @@ before anything is bound, so that a wrong one ends the process with status 2 and
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 from abhiapi import serving
 from abhiapi.errors import SettingsError
 
+GC_THRESHOLDS = (20_000, 20, 50)
 SWITCH_INTERVAL_S = 0.0005  # the thread that commits gets its turn beside a busy event loop
 
 
@@ -31,7 +33,7 @@ _warning = serving.raise_file_limit()
 if _warning:
     print(f"abhiapi: {_warning}", file=sys.stderr)
 
-worker_class = "gevent"
+worker_class = "abhiapi.worker.LeanWorker"
 workers = 1
 worker_connections = serving.CONNECTIONS
 backlog = 4096
@@ -60,6 +62,9 @@ def post_fork(server: Any, worker: Any) -> None:
 
 def post_worker_init(worker: Any) -> None:
     """Now calls are answered: say where, and to a newcomer how."""
+    gc.collect()
+    gc.freeze()  # what was loaded stays; looking through it again and again would cost a tenth of each call
+    gc.set_threshold(*GC_THRESHOLDS)
     addresses = ", ".join(str(sock.getsockname()) for sock in worker.sockets)
     print(f"AbhiAPI serves {_settings.fal_run_url} on {addresses}", file=sys.stderr, flush=True)
     banner = os.environ.get("ABHIAPI_BANNER")

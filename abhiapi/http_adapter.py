@@ -182,8 +182,9 @@ class _Connection:
 class _Pool:
     """Connections to one origin; the most recently used first, so that idle ones age and go."""
 
-    def __init__(self, scheme: str, host: str, port: int, context: Any) -> None:
-        self._scheme, self._host, self._port, self._context = scheme, host, port, context
+    def __init__(self, host: str, port: int, context: Any) -> None:
+        self._host, self._port = host, port
+        self._context = context  # of TLS; None: plain
         self._idle: list[_Connection] = []
 
     def get(self) -> tuple[_Connection, bool]:
@@ -203,7 +204,7 @@ class _Pool:
             raise UpstreamUnreachable("fal cannot be reached just now: nothing was charged") from error
         try:
             sock.setsockopt(gevent.socket.IPPROTO_TCP, gevent.socket.TCP_NODELAY, 1)
-            if self._scheme == "https":
+            if self._context is not None:
                 sock = self._context.wrap_socket(sock, server_hostname=self._host)
         except OSError as error:  # ssl.SSLError is one
             sock.close()
@@ -222,15 +223,20 @@ class _Pool:
             self._idle.pop().close()
 
 
+def _verifying_context() -> Any:
+    """A TLS context that trusts the system's authorities (or SSL_CERT_FILE) and certifi's."""
+    context = gevent.ssl.create_default_context()
+    context.load_verify_locations(certifi.where())
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
 class LeanAdapter(BaseAdapter):
     """Mounted on a `requests.Session`. Follows no redirect, knows no proxy, keeps no cookie, decodes nothing."""
 
     def __init__(self) -> None:
         super().__init__()
         self._pools: dict[tuple[str, str, int], _Pool] = {}
-        self._context = gevent.ssl.create_default_context()
-        self._context.load_verify_locations(certifi.where())
-        self._context.set_alpn_protocols(["http/1.1"])
 
     def send(
         self,
@@ -250,7 +256,8 @@ class LeanAdapter(BaseAdapter):
         scheme, host, port, target = _split(url)
         pool = self._pools.get((scheme, host, port))
         if pool is None:
-            pool = self._pools[scheme, host, port] = _Pool(scheme, host, port, self._context)
+            context = _verifying_context() if scheme == "https" else None
+            pool = self._pools[scheme, host, port] = _Pool(host, port, context)
         connection, parser = _exchange(pool, method, _head(method, target, request.headers), request.body, deadline)
         return _response(request, connection, parser, deadline)
 
@@ -334,7 +341,10 @@ def _split(url: str) -> tuple[str, str, int, str]:
 
 
 class LeanResponse(Response):
-    """A `requests.Response` without the cookie jar that nobody here reads, which costs more than the rest."""
+    """A `requests.Response` without the cookie jar, and with headers made when asked for: they cost more than the rest.
+
+    Whoever cares for order and spelling reads ``raw.header_items``.
+    """
 
     def __init__(self) -> None:
         self._content = False  # type: ignore[assignment]  # as requests itself does
@@ -343,6 +353,11 @@ class LeanResponse(Response):
         self.history = []
         self.encoding = None
 
+    @property
+    def headers(self) -> CaseInsensitiveDict[str]:  # type: ignore[override]
+        raw: Any = self.raw
+        return CaseInsensitiveDict(raw.header_items)
+
 
 def _response(request: PreparedRequest, connection: _Connection, parser: _Parser, deadline: float) -> Response:
     response = LeanResponse()
@@ -350,7 +365,6 @@ def _response(request: PreparedRequest, connection: _Connection, parser: _Parser
     response.reason = parser.status_message or ""
     response.url = request.url or ""
     response.request = request
-    response.headers = CaseInsensitiveDict(parser.lines)
     response.raw = Raw(connection, parser, deadline)
     return response
 

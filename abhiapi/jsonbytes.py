@@ -17,11 +17,13 @@ _SPACE = b" \t\r\n"
 TAIL_MAX = 64 * 1024  # white space after the last brace: more than this and the document is passed on as it is
 
 STRING_MAX = 1024  # longer texts say nothing about a price
-SHRUNK_MAX = 4 * 1024 * 1024  # a document that is still larger without its long texts is not read
+EXPONENT_MAX = 324  # beyond that a double, and so fal, reads zero or infinity
+SHRUNK_MAX = 512 * 1024  # a document that is still larger without its long texts is not read
 
 _PLAIN = re.compile(rb'[^"\\\x00-\x1f]*')
-_TO_QUOTE = re.compile(rb'[^"]*')
-_ESCAPE = re.compile(rb'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
+# Up to the next string that is long, holds an escape, or is cut; in C, since Python's share is paid for each match.
+_TO_LONG_STRING = re.compile(rb'(?:[^"]++|"[^"\\\x00-\x1f]{0,200}+")*+')
+_ESCAPES = re.compile(rb'(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))++')
 _LONG_NAME = b'"(a long name)"'
 _LONG_TEXT = b"true"  # no text at all, so that nobody counts its characters or reads it as a parameter
 
@@ -136,7 +138,16 @@ def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_float=Decimal, parse_constant=_refuse)
+def _fraction(text: str) -> Decimal:
+    """A number with a fraction or exponent. What a double would call zero or infinite is that here too: a Decimal of
+    two hundred million digits is no number that anybody meant."""
+    number = Decimal(text)
+    if number and number.adjusted() < -EXPONENT_MAX:
+        return Decimal(0)
+    return number if number.adjusted() <= EXPONENT_MAX else Decimal("Infinity").copy_sign(number)
+
+
+_DECODER = json.JSONDecoder(parse_float=_fraction, parse_constant=_refuse)
 
 
 class Shrinker:
@@ -172,7 +183,7 @@ class Shrinker:
         return bytes(self._out)
 
     def _outside(self, data: bytes, at: int) -> int:
-        found = _TO_QUOTE.match(data, at)
+        found = _TO_LONG_STRING.match(data, at)
         end = found.end() if found else at
         if self._left_out and (follows := data[at : end + 1].lstrip(_SPACE)):
             self._out += _LONG_NAME if follows.startswith(b":") else _LONG_TEXT
@@ -192,7 +203,7 @@ class Shrinker:
             return end
         if data[end] == 0x22:
             return self._close_string(end)
-        escape = _ESCAPE.match(data, end)
+        escape = _ESCAPES.match(data, end)
         if escape is None:
             if data[end] == 0x5C and len(data) - end < 6:
                 self._rest = data[end:]  # may go on in the next piece

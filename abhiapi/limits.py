@@ -31,8 +31,16 @@ class ExactMemoryStorage(Storage, MovingWindowSupport):
 
     STORAGE_SCHEME = ["exact-memory"]
 
-    def __init__(self, uri: str | None = None, wrap_exceptions: bool = False, **_: float | str | bool) -> None:
+    def __init__(
+        self,
+        uri: str | None = None,
+        wrap_exceptions: bool = False,
+        *,
+        now: Callable[[], float] = time,
+        **_: float | str | bool,
+    ) -> None:
         super().__init__(uri, wrap_exceptions=wrap_exceptions)
+        self._now = now
         self._times: dict[str, deque[float]] = {}
         self._new_keys = 0
 
@@ -41,7 +49,7 @@ class ExactMemoryStorage(Storage, MovingWindowSupport):
         return ValueError
 
     def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
-        now = time()
+        now = self._now()
         times = self._fresh(key, now - expiry)
         if len(times) + amount > limit:
             return False
@@ -49,7 +57,7 @@ class ExactMemoryStorage(Storage, MovingWindowSupport):
         return True
 
     def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
-        now = time()
+        now = self._now()
         times = self._fresh(key, now - expiry)
         return (times[0] if times else now), len(times)
 
@@ -99,15 +107,20 @@ class Plan:
 class Lease:
     """A place among a key's calls at once. Release it when the call is over; a second time does nothing."""
 
-    __slots__ = ("_places", "deadline")
+    __slots__ = ("_key_id", "_places", "deadline")
 
-    def __init__(self, places: set[Lease], deadline: float) -> None:
+    def __init__(self, places: dict[int, set[Lease]], key_id: int, deadline: float) -> None:
         self._places = places
+        self._key_id = key_id
         self.deadline = deadline
-        places.add(self)
+        places.setdefault(key_id, set()).add(self)
 
     def release(self) -> None:
-        self._places.discard(self)
+        taken = self._places.get(self._key_id)
+        if taken is not None:
+            taken.discard(self)
+            if not taken:  # nothing is kept of keys that make no call just now
+                del self._places[self._key_id]
 
 
 class CallLimits:
@@ -119,7 +132,7 @@ class CallLimits:
             "pro": Plan(settings.pro_rate_per_minute, settings.pro_concurrency),
         }
         self.storage_uri = storage_uri(settings.limits_url)
-        self._window = MovingWindowRateLimiter(storage_from_string(self.storage_uri))
+        self._window = MovingWindowRateLimiter(_storage(self.storage_uri, now))
         self._items = {name: RateLimitItemPerMinute(plan.requests_per_minute) for name, plan in self.plans.items()}
         self._lease_s = settings.upstream_timeout_s + 120
         self._places: dict[int, set[Lease]] = {}
@@ -128,14 +141,13 @@ class CallLimits:
     def enter(self, key_id: int, plan: str) -> Lease:
         """Take a place and count one call. Raises `TooManyConcurrent` (the minute untouched) or `RateLimited`."""
         allowed = self.plans[plan].concurrent
-        places = self._places.setdefault(key_id, set())
-        if len(places) >= allowed:
-            self._drop_overdue(places)
-            if len(places) >= allowed:
+        if self._running(key_id) >= allowed:
+            self._drop_overdue(key_id)
+            if self._running(key_id) >= allowed:
                 raise TooManyConcurrent(
                     f"{allowed} calls of this key are running already: wait for one to end", retry_after_s=1
                 )
-        lease = Lease(places, self._now() + self._lease_s)
+        lease = Lease(self._places, key_id, self._now() + self._lease_s)
         item = self._items[plan]
         if not self._window.hit(item, str(key_id)):
             lease.release()
@@ -160,10 +172,17 @@ class CallLimits:
         """Calls running just now, over all keys."""
         return sum(len(places) for places in self._places.values())
 
-    def _drop_overdue(self, places: set[Lease]) -> None:
+    def _running(self, key_id: int) -> int:
+        return len(self._places.get(key_id, ()))
+
+    def _drop_overdue(self, key_id: int) -> None:
         now = self._now()
-        for lease in [lease for lease in places if lease.deadline < now]:
+        for lease in [lease for lease in self._places.get(key_id, ()) if lease.deadline < now]:
             lease.release()
+
+
+def _storage(uri: str, now: Callable[[], float]) -> Storage:
+    return ExactMemoryStorage(uri, now=now) if uri.startswith("exact-memory://") else storage_from_string(uri)
 
 
 def storage_uri(limits_url: str) -> str:

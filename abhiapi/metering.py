@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from abhiapi import pricing
 from abhiapi.errors import BadAmount
-from abhiapi.money import Micros, product_nanos
+from abhiapi.money import MICROS_PER_USD, Micros, product_nanos
 
 UNITS_HEADER = "x-fal-billable-units"
 
@@ -24,6 +24,9 @@ UsageSource = Literal["fal", "catalogue"]
 # fal writes free-form decimals such as 1, 38.8 or 8.439999999999998 (fal-protocol 8.2). Signs, exponents, NaN and
 # numbers of absurd length are not plain, and so never become money.
 _PLAIN_UNITS = re.compile(r"[0-9]{1,12}(\.[0-9]{1,30})?")
+
+# No single call costs a hundred thousand dollars: units that say so are a fault, and the operator is asked.
+ABSURD_MICROS = 100_000 * MICROS_PER_USD
 
 # fal's word on the operator's own credential or account: never the customer's to pay or to read.
 OPERATOR_STATUSES = frozenset((401, 402, 403))
@@ -104,5 +107,7 @@ def _settled(
         amount = pricing.charge(price, units)
         cost = None if price.fal_unit_price_usd is None else product_nanos(units, price.fal_unit_price_usd)
     except BadAmount:  # the charge, or under a price of the operator's own only fal's cost, is beyond the ledger
+        return Verdict("unknown", units=text, reason="absurd_units")
+    if amount > ABSURD_MICROS:
         return Verdict("unknown", units=text, reason="absurd_units")
     return Verdict("settled", amount, text, source, cost, reason)

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 from abhiapi.db import APPLICATION_ID, CLI_PATIENCE_S, Database, translated
-from abhiapi.errors import SchemaError
+from abhiapi.errors import DatabaseUnavailable, SchemaError
 from abhiapi.settings import Settings
 
 log = logging.getLogger("abhiapi")
@@ -46,7 +46,12 @@ def migrate(database: Database, *, steps: Sequence[Step] = STEPS, schema: str | 
     is_new = not database.exists()
     if is_new:
         _make_room(database.path, has_log)
-    connection = database.connect(busy_timeout_s=CLI_PATIENCE_S, create=is_new)
+    try:
+        connection = database.connect(busy_timeout_s=CLI_PATIENCE_S, create=is_new)
+    except DatabaseUnavailable as error:
+        if getattr(error.__cause__, "sqlite_errorcode", None) == sqlite3.SQLITE_NOTADB:
+            raise SchemaError(f"{database.path} is not a database; choose another ABHIAPI_DATABASE_URL") from error
+        raise
     try:
         version = _version(connection, database.path)
         if version == version_wanted:

@@ -10,7 +10,7 @@ from decimal import Decimal
 
 from sqlalchemy import bindparam, func, insert, select
 
-from abhiapi import tables, wire
+from abhiapi import tables
 from abhiapi.db import Tx
 from abhiapi.errors import BadRequest
 from abhiapi.ids import time_text
@@ -83,8 +83,9 @@ def set_own(
 
 def check_model(text: str) -> str:
     """The model that an operator's text names. Raises `BadRequest` for what no call could ever name."""
-    model, streamed = wire.endpoint_of(text)
-    if streamed:
+    model = text.strip("/")
+    if model.endswith("/stream"):
+        model = model.removesuffix("/stream")
         raise BadRequest(f"the price of a model covers its /stream: set it for {model}")
     if not _MODEL.fullmatch(model) or {".", ".."} & set(model.split("/")):
         raise BadRequest(f"{text!r} is no model: write its path at fal.run, such as fal-ai/flux/dev")

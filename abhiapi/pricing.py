@@ -123,14 +123,24 @@ class Ceiling:
 
 
 class Catalogue:
-    """Every model that can be called, with its effective price. Immutable; a change makes a new one."""
+    """Every model that can be called, with its effective price. Immutable; a change makes a new one.
+
+    An own margin over a price of fal's that is not known (any more) prices nothing: that model is left out, and
+    named in ``unpriceable``, while all others go on being served.
+    """
 
     def __init__(self, rules: Iterable[PriceRule], own: Iterable[OwnPrice], margin: Decimal) -> None:
         by_model = {rule.model: rule for rule in rules}
         prices = {model: _mirrored(rule, margin) for model, rule in by_model.items()}
+        unpriceable = []
         for mine in own:
-            prices[mine.model] = _overridden(by_model.get(mine.model), mine, margin)
+            price = _overridden(by_model.get(mine.model), mine, margin)
+            if price is None:
+                unpriceable.append(mine.model)
+            else:
+                prices[mine.model] = price
         self._prices = prices
+        self.unpriceable = tuple(unpriceable)
 
     def price_of(self, model: str) -> Price:
         """The price of a model (a full endpoint id). Raises `UnpricedModel`: an unknown price is never free."""
@@ -231,14 +241,14 @@ def _mirrored(rule: PriceRule, margin: Decimal) -> Price:
     )
 
 
-def _overridden(rule: PriceRule | None, mine: OwnPrice, margin: Decimal) -> Price:
-    """The operator's word over fal's: what it leaves open comes from the rule."""
+def _overridden(rule: PriceRule | None, mine: OwnPrice, margin: Decimal) -> Price | None:
+    """The operator's word over fal's: what it leaves open comes from the rule. None for a margin over nothing."""
     fal_price = rule.fal_unit_price_usd if rule else None
     own_margin = mine.margin
     if mine.unit_price_usd is not None:
         unit_price = mine.unit_price_usd
     elif fal_price is None:
-        raise PriceFileError(f"{mine.model}: a margin needs fal's price of the model, and none is known")
+        return None
     else:
         own_margin = margin if mine.margin is None else mine.margin
         with localcontext(EXACT):

@@ -181,7 +181,7 @@ def _status_stream(rt: Runtime, job: Job, request: Request, dialect: wire.Dialec
     reply = rt.fal_queue.send("GET", target, headers, None, timeout_s=STREAM_MAX_S)
     if reply.status != 200 or not wire.is_event_stream(reply.value("content-type")):
         return _passed(rt, job, settlement.read_whole(reply), dialect)
-    shown = wire.response_headers(reply.headers, secret=rt.settings.fal_key or "", without=wire.DIGESTS)
+    shown = wire.response_headers(reply.headers, secret=wire.worth_hiding(rt.settings.fal_key), without=wire.DIGESTS)
     return Reply(200, [*shown, ("X-Accel-Buffering", "no")], StatusEvents(rt, job, reply, request.base_url))
 
 
@@ -277,7 +277,7 @@ def _whole(
 
 def _shown_headers(rt: Runtime, headers: wire.Headers, *, is_changed: bool) -> wire.Headers:
     without = wire.DIGESTS if is_changed else frozenset[str]()
-    return wire.response_headers(headers, secret=rt.settings.fal_key or "", without=without)
+    return wire.response_headers(headers, secret=wire.worth_hiding(rt.settings.fal_key), without=without)
 
 
 def _rewritten(rt: Runtime, document: bytes, base_url: str, model: str, request_id: str) -> bytes:

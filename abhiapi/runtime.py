@@ -12,7 +12,7 @@ from typing import TypeVar
 import gevent
 
 from abhiapi import keys, prices, pricing, processes
-from abhiapi.committer import GroupCommitter, Reader
+from abhiapi.committer import GroupCommitter, Reader, in_thread
 from abhiapi.db import Database, Tx
 from abhiapi.errors import AbhiError, SettingsError
 from abhiapi.fal import Fal
@@ -77,8 +77,7 @@ class Runtime:
 
     def read_aside(self, op: Callable[[Tx], T]) -> T:
         """A longer read (lists, reports) on a snapshot, in a native thread."""
-        result: T = gevent.get_hub().threadpool.apply(self.database.read, (op,))
-        return result
+        return in_thread(gevent.get_hub().threadpool, lambda: self.database.read(op))
 
     def authenticate(self, key: str | None, *, may_be_suspended: bool = False) -> keys.Caller:
         """Who is calling, as the database has it this very moment."""

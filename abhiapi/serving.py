@@ -75,6 +75,14 @@ def check_port_free(host: str, port: int) -> None:
             raise Refused(f"cannot listen on {host}:{port}: {error.strerror}. Choose another with --bind") from error
 
 
+def make_importable() -> None:
+    """Let the processes that are started from here import this package, also from a checkout in another folder."""
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if root not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *paths])
+
+
 def start_simulator() -> dict[str, str]:
     """Start the simulator as a child that ends with this process; the environment that points a server at it.
 

@@ -58,6 +58,8 @@ _OURS = ("x-abhiapi-", "x-ratelimit-")
 # Digests of a body that we add to would no longer be true.
 DIGESTS = frozenset(("content-md5", "digest", "content-digest", "repr-digest", "etag"))
 
+CREDENTIAL_MIN = 16  # fal's own have some 69 characters
+
 _PLAIN_QUERY = re.compile(r"[\x21-\x7e]*")
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9._~!$&'()*+,;=:%/-]*")
 
@@ -120,7 +122,12 @@ def request_headers(headers: Iterable[tuple[str, str]]) -> Headers:
     return kept
 
 
-def response_headers(headers: Headers, *, secret: str, without: frozenset[str] = frozenset()) -> Headers:
+def worth_hiding(credential: str | None) -> str | None:
+    """The operator's credential if it is one. A short one (``FAL_KEY=any``) is a word that honest answers have too."""
+    return credential if credential and len(credential) >= CREDENTIAL_MIN else None
+
+
+def response_headers(headers: Headers, *, secret: str | None, without: frozenset[str] = frozenset()) -> Headers:
     """fal's headers that go to the caller, as they came, less hop-by-hop ones and any that shows the credential."""
     named = {
         token.strip().lower() for name, value in headers if name.lower() == "connection" for token in value.split(",")
@@ -129,7 +136,7 @@ def response_headers(headers: Headers, *, secret: str, without: frozenset[str] =
     return [
         (name, value)
         for name, value in headers
-        if (lower := name.lower()) not in dropped and not lower.startswith(_OURS) and secret not in value
+        if (lower := name.lower()) not in dropped and not lower.startswith(_OURS) and not (secret and secret in value)
     ]
 
 

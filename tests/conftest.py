@@ -11,6 +11,8 @@ from abhiapi.db import Database
 from abhiapi.migrations import migrate
 from tests.harness import Books, Clock, Fal, Server
 
+STRICT_BODY_BYTES = 300_000  # more than a body that is kept in memory
+
 
 @pytest.fixture
 def clock() -> Clock:
@@ -36,6 +38,14 @@ def fal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fal]:
 def shared_server(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server for tests that need no settings of their own; each makes its own account."""
     with Server.started(tmp_path_factory.mktemp("shared"), fal.url) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def strict_server(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that waits for fal for a second only, and takes small bodies only."""
+    settings = {"ABHIAPI_UPSTREAM_TIMEOUT_S": "1", "ABHIAPI_MAX_BODY_BYTES": str(STRICT_BODY_BYTES)}
+    with Server.started(tmp_path_factory.mktemp("strict"), fal.url, **settings) as running:
         yield running
 
 

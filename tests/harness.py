@@ -122,10 +122,15 @@ class Fal:
         finally:
             process.kill()
 
-    def calls(self, contains: str = "") -> list[dict[str, Any]]:
-        """What it received, newest last; those whose body or path holds a text."""
-        received: list[dict[str, Any]] = requests.get(self.url + "/_sandbox/calls", timeout=10).json()["calls"]
+    def calls(self, contains: str = "", *, last: int = 10_000) -> list[dict[str, Any]]:
+        """What it received, newest last; those of the last so many whose body or path holds a text."""
+        page = requests.get(f"{self.url}/_sandbox/calls?last={last}", timeout=10).json()
+        received: list[dict[str, Any]] = page["calls"]
         return [call for call in received if contains in str(call)]
+
+    def total(self) -> int:
+        """How many calls it has received."""
+        return int(requests.get(f"{self.url}/_sandbox/calls?last=0", timeout=10).json()["total"])
 
     def release(self, name: str) -> None:
         """Let the calls go on that wait by `hold_until`."""

@@ -218,3 +218,12 @@ def test_no_header_makes_a_negative_or_unfounded_charge(price: pricing.Price, st
     else:
         assert end.charge_micros == 0
         assert end.reason is not None
+
+
+def test_units_that_no_call_can_cost_are_left_to_the_operator() -> None:
+    """A fault upstream must not become a debt of millions; a hundred thousand dollars is still charged in full."""
+    flux = pricing.Catalogue(pricing.shipped_rules(), (), Decimal("0.05")).price_of("fal-ai/flux/dev")
+    assert verdict(flux, 200, ["3800000"], {}, None).end == "settled"
+    assert verdict(flux, 200, ["30000000000"], {}, None) == Verdict(
+        "unknown", units="30000000000", reason="absurd_units"
+    )

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abhiapi import estimates, pricing
-from abhiapi.errors import BadAmount, PriceFileError, UnpricedModel
+from abhiapi import estimates, jsonbytes, pricing
+from abhiapi.errors import BadAmount, UnpricedModel
 from abhiapi.estimates import Estimate, Rate
 from abhiapi.money import MICROS_MAX, Micros
 from abhiapi.pricing import Catalogue, OwnPrice, Price, PriceRule
@@ -279,9 +279,12 @@ def test_a_model_that_only_the_operator_prices_is_held_by_its_unit(unit: str | N
     assert price.identity() == ("acme/new", unit or "units", "0.000001", "", "operator")
 
 
-def test_a_margin_over_an_unknown_price_is_refused() -> None:
-    with pytest.raises(PriceFileError, match="acme/new: a margin needs fal's price"):
-        Catalogue((), [own(model="acme/new", margin=Decimal("0.1"))], MARGIN)
+def test_a_margin_over_an_unknown_price_prices_nothing_and_harms_no_other_model() -> None:
+    """As after an upgrade whose price file has dropped a model that the operator had set a margin for."""
+    mine = [own(model="acme/gone", margin=Decimal("0.1")), own(model="acme/mine", unit_price_usd=Decimal("0.01"))]
+    catalogue = Catalogue((), mine, MARGIN)
+    assert catalogue.unpriceable == ("acme/gone",)
+    assert [price.model for price in catalogue] == ["acme/mine"]
 
 
 def test_an_unknown_model_is_never_free() -> None:
@@ -369,3 +372,13 @@ def test_charges_are_never_negative_and_grow_with_the_units(price: Price, one: D
     assert 0 <= pricing.charge(price, fewer) <= pricing.charge(price, more)
     assert pricing.charge(price, fewer + more) <= pricing.charge(price, fewer) + pricing.charge(price, more)
     assert pricing.charge(price, Decimal(0)) == 0
+
+
+@pytest.mark.parametrize("duration", ["1e-2000000", "1e-9", "0.0001", "0", "-5", "1e-200000000", "1e200000000"])
+def test_no_duration_makes_a_call_cheap_or_an_estimate_long(duration: str) -> None:
+    """Found in review: a tiny duration held nothing, and printing it in full took all memory."""
+    price = SHIPPED.price_of("fal-ai/kling-video/v2/master/text-to-video")
+    asked = jsonbytes.parse(b'{"duration": %s}' % duration.encode())
+    held = pricing.ceiling(price, asked)
+    assert held.amount_micros >= price.unit_price_usd * 1_000_000
+    assert len(held.basis) < 200

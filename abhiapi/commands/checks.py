@@ -19,7 +19,7 @@ from dotenv import dotenv_values
 
 from abhiapi import audit, prices, pricing, reports, serving
 from abhiapi.db import APPLICATION_ID, CLI_PATIENCE_S, Database, Tx
-from abhiapi.errors import AbhiError, SettingsError
+from abhiapi.errors import AbhiError, DatabaseUnavailable, SettingsError
 from abhiapi.migrations import VERSION
 from abhiapi.settings import Settings, variables
 
@@ -143,8 +143,10 @@ def _version(database: Database) -> Check:
             )
         finally:
             connection.close()
-    except sqlite3.DatabaseError as error:
-        return Check("database", "fail", f"{database.path} cannot be read ({error}): restore a backup")
+    except (sqlite3.DatabaseError, DatabaseUnavailable) as error:
+        return Check(
+            "database", "fail", f"{database.path} cannot be read ({error}): if it is damaged, restore a backup"
+        )
     problem = None
     if application_id != APPLICATION_ID:
         problem = "is not AbhiAPI's: check ABHIAPI_DATABASE_URL"
@@ -171,6 +173,9 @@ def _writable(database: Database) -> Check:
 
 def _prices(settings: Settings, own: list[pricing.OwnPrice]) -> Check:
     catalogue = pricing.Catalogue(pricing.shipped_rules(), own, settings.margin)
+    if catalogue.unpriceable:
+        lost = ", ".join(catalogue.unpriceable)
+        return Check("prices", "fail", f"a margin over a price of fal's that is not known: {lost} (set --unit-price)")
     free = [price.model for price in catalogue if price.unit_price_usd == 0]
     if free:
         return Check("prices", "warn", f"free of charge: {', '.join(free)} (`abhiapi prices set` changes that)")

@@ -145,10 +145,27 @@ def _swap(arriving: Path, path: Path) -> Path | None:
             if _beside(path, ending).exists():
                 os.rename(_beside(path, ending), _beside(kept, ending))
         if existed:
-            os.link(path, kept)  # a second name, so that there is a database under the first one at all times
-        os.rename(arriving, path)
+            _exchange(arriving, path, kept)
+        else:
+            os.rename(arriving, path)
     _sync(path.parent)
     return kept if existed else None
+
+
+def _exchange(arriving: Path, path: Path, kept: Path) -> None:
+    """Keep ``path`` as ``kept`` and put ``arriving`` in its place, or leave it where it is."""
+    try:
+        os.link(path, kept)  # a second name, so that there is a database under the first one at all times
+    except OSError:  # a file system without hard links
+        os.rename(path, kept)
+    try:
+        os.rename(arriving, path)
+    except OSError:
+        if path.exists():
+            kept.unlink()
+        else:
+            os.rename(kept, path)
+        raise
 
 
 @contextlib.contextmanager
@@ -190,9 +207,7 @@ def _put_in_new_place(partial: Path, target: Path) -> None:
     """Give a finished file its name, unless somebody took that meanwhile. On disk when this returns."""
     _sync(partial)
     try:
-        os.link(partial, target)
-    except FileExistsError:
-        raise
+        os.link(partial, target)  # which, unlike a rename, replaces nothing
     except OSError:  # a file system without hard links
         if os.path.lexists(target):
             raise

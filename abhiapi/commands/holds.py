@@ -120,23 +120,15 @@ def _end(text: str, charge_micros: Micros | None, *, force: bool, as_json: bool)
 
 
 def _finish(tx: Tx, call: OpenCall, row: CallRow, charge_micros: Micros | None, now_ms: int) -> Micros:
-    """Write the end; what was seen of fal's answer stays with the call."""
+    """Write the end; what was seen of fal's answer stays with the call. The balance afterwards."""
     verdict = library.metering.Verdict(
         "released" if charge_micros is None else "settled",
         charge_micros or Micros(0),
-        units=row.units,
         fal_cost_nano_usd=row.fal_cost_nano_usd,
         reason="operator",
     )
-    return library.calls.finish(
-        tx,
-        call,
-        verdict,
-        now_ms=now_ms,
-        http_status=row.status,
-        fal_request_id=row.fal_request_id,
-        usage_source=None if charge_micros is None else "operator",
-    )
+    source = None if charge_micros is None else "operator"
+    return library.calls.finish(tx, call, verdict, now_ms=now_ms, usage_source=source)
 
 
 def _check_abandoned(tx: Tx, database: Database, row: CallRow, now_ms: int) -> None:

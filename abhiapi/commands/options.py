@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from typing import Any, TypeVar
 
 import click
@@ -17,6 +17,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _MS = {"s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000, "w": 7 * 86_400_000}
 _DURATION = re.compile(r"([0-9]{1,6})([smhdw])")
 _DURATION_MAX_MS = 100 * 365 * _MS["d"]
+_END_OF_DAY = time(23, 59, 59, 999_000, UTC)
 _NEGATIVE = re.compile(r"-(\.?[0-9]|inf|nan)", re.IGNORECASE)
 _ZERO = re.compile(r"\+?0+(\.0+)?")
 
@@ -114,10 +115,10 @@ def parse_expiry_ms(text: str, *, now_ms: int) -> int:
     """When something expires: a duration from now, or the end of a day such as ``2026-12-31`` (UTC)."""
     if re.fullmatch(r"\d{4}-\d\d-\d\d", text):
         try:
-            end = datetime.combine(date.fromisoformat(text), datetime.min.time(), UTC) + timedelta(days=1)
-        except (ValueError, OverflowError) as error:
+            end = datetime.combine(date.fromisoformat(text), _END_OF_DAY)
+        except ValueError as error:
             raise BadRequest(f"{text} is no day of the calendar") from error
-        expiry_ms = (end - datetime.fromtimestamp(0, UTC)) // timedelta(milliseconds=1) - 1
+        expiry_ms = (end - datetime.fromtimestamp(0, UTC)) // timedelta(milliseconds=1)
     elif re.fullmatch(r"[0-9]+[smhdw]", text):
         expiry_ms = now_ms + parse_duration_ms(text)
     else:

@@ -126,7 +126,7 @@ def table(rows: Sequence[Json], columns: Sequence[str], *, width: int | None = N
     widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
     if width is not None:
         _narrow(widths, columns, width)
-    right = [all(_is_number(row[column]) for row in rows) for column in columns]
+    right = [_is_numeric([row[column] for row in rows]) for column in columns]
     lines = []
     for line in [headings, *cells]:
         texts = (_cut(text, wide) for text, wide in zip(line, widths, strict=True))
@@ -168,5 +168,7 @@ def _plain(value: Any) -> str:
     return f"{value:f}" if isinstance(value, Decimal) else str(value)
 
 
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | Decimal) and not isinstance(value, bool))
+def _is_numeric(values: Sequence[Any]) -> bool:
+    """Whether a column holds numbers, and nothing else but gaps."""
+    kinds = {type(value) for value in values if value is not None}
+    return bool(kinds) and kinds <= {int, Decimal}

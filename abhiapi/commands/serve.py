@@ -16,10 +16,10 @@ DEFAULT_BIND, DEFAULT_SANDBOX_BIND = "127.0.0.1:8000", "127.0.0.1:8001"
 @click.option("--bind", default=DEFAULT_BIND, show_default=True, metavar="HOST:PORT", help="Where to listen.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 64), help="Number of processes.")
 def serve(with_sandbox: bool, demo: bool, bind: str, workers: int) -> None:
-    """Serve the proxy, until SIGTERM or Ctrl-C; running calls are finished first.
+    """Serve the proxy.
 
-    Runs gunicorn with gevent; `gunicorn app:app` in a checkout does the same. More than one worker needs PostgreSQL
-    and Redis.
+    Until SIGTERM or Ctrl-C; running calls are finished first. Runs gunicorn with gevent; `gunicorn app:app` in a
+    checkout does the same. More than one worker needs PostgreSQL and Redis.
 
     \b
     Examples:
@@ -34,6 +34,7 @@ def serve(with_sandbox: bool, demo: bool, bind: str, workers: int) -> None:
         raise click.UsageError("--demo goes with --sandbox")
     host, port = serving.parse_bind(bind)
     serving.check_port_free(host, port)
+    serving.make_importable()
     if with_sandbox:
         os.environ.update(serving.start_simulator())
     settings = serving.checked_settings()

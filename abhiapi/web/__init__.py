@@ -43,7 +43,7 @@ def create_app(rt: Runtime) -> Flask:
     """The application over a runtime."""
     app = Flask("abhiapi", static_folder=None)
     app.json = ExactJson(app)
-    app.config["MAX_CONTENT_LENGTH"] = api.BODY_BYTES_MAX
+    app.config["MAX_CONTENT_LENGTH"] = api.BODY_BYTES_MAX + 1  # by which a route tells what is too large
     app.extensions["abhiapi"] = rt
     limiter = Limiter(
         request_key,
@@ -94,7 +94,7 @@ def _http_error_reply(error: HTTPException) -> Response:
     if code == 405:
         return _error_reply(MethodNotAllowed("this route does not take that method, see /docs"))
     if code == 413:
-        return _error_reply(BodyTooLarge(f"requests to this route have at most {api.BODY_BYTES_MAX} bytes"))
+        return _error_reply(BodyTooLarge(api.TOO_LARGE))
     if code == 429:
         return _error_reply(RateLimited("too many requests to this route: slow down", retry_after_s=5))
     plain = AbhiError(error.description or STATUS_NAMES.get(code, "Error"))

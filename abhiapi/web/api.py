@@ -11,13 +11,14 @@ from flask import Blueprint, Response, jsonify, request
 from flask_limiter import Limiter
 
 from abhiapi import accounts, ids, jsonbytes, pricing, processes, reports, shapes
-from abhiapi.errors import BadRequest, DatabaseUnavailable, MalformedJson, NotFound, UnknownRoute
+from abhiapi.errors import BadRequest, BodyTooLarge, DatabaseUnavailable, MalformedJson, NotFound, UnknownRoute
 from abhiapi.money import credits
 from abhiapi.runtime import HEALTH_PATIENCE_S
 from abhiapi.web.caller import caller, runtime
 
 PAGE_MAX, PAGE_DEFAULT = 200, 50
 BODY_BYTES_MAX = 1024 * 1024  # of a request to one of these routes
+TOO_LARGE = f"a request to this route has at most {BODY_BYTES_MAX} bytes"
 _LOOPBACK = ("127.0.0.1", "::1")
 
 
@@ -140,8 +141,11 @@ def prices() -> Response:
 def estimate() -> Response:
     """What a call would hold."""
     caller()
+    body = request.get_data(cache=False)
+    if len(body) > BODY_BYTES_MAX:
+        raise BodyTooLarge(TOO_LARGE)
     try:
-        wanted = jsonbytes.parse(request.get_data(cache=False))
+        wanted = jsonbytes.parse(body)
     except ValueError as error:
         raise MalformedJson(f"the body is not JSON: {error}") from error
     if not isinstance(wanted, dict) or not isinstance(wanted.get("model"), str):

@@ -1,0 +1,98 @@
+"""gunicorn's gevent worker with less to do for each request: one send for head and first bytes, no access log.
+
+Everything that decides (parsing, keep-alive, timeouts, shutting down, reloading) is gunicorn's own; what is left out
+are hooks and measurements that we do not use (docs/decisions/0010).
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from email.utils import formatdate
+from typing import Any
+
+from gevent import GreenletExit
+from gunicorn.http import wsgi
+from gunicorn.workers.ggevent import GeventWorker
+
+
+class OneSendResponse(wsgi.Response):  # type: ignore[misc]  # gunicorn has no types
+    """A response whose head waits for the first bytes of its body, so that both leave together."""
+
+    headers_sent: bool
+    _head = b""
+    _date = (0, "")  # the second it was made in, and the text
+
+    def default_headers(self) -> list[str]:
+        second = int(time.time())
+        if OneSendResponse._date[0] != second:
+            OneSendResponse._date = (second, formatdate(second, usegmt=True))
+        major, minor = self.req.version
+        lines = [
+            f"HTTP/{major}.{minor} {self.status}\r\n",
+            f"Server: {self.version}\r\n",
+            f"Date: {OneSendResponse._date[1]}\r\n",
+            f"Connection: {'close' if self.should_close() else 'keep-alive'}\r\n",
+        ]
+        if self.chunked:
+            lines.append("Transfer-Encoding: chunked\r\n")
+        return lines
+
+    def send_headers(self) -> None:
+        if not self.headers_sent:
+            lines = [*self.default_headers(), *(f"{name}: {value}\r\n" for name, value in self.headers), "\r\n"]
+            self._head = "".join(lines).encode("latin-1")
+            self.headers_sent = True
+
+    def _emit_body(self, data: bytes) -> None:
+        head, self._head = self._head, b""
+        if self.chunked:
+            self.sock.sendall(b"%s%X\r\n%s\r\n" % (head, len(data), data))
+        else:
+            self.sock.sendall(head + data if head else data)
+
+    def close(self) -> None:
+        self.send_headers()
+        rest = self._head + (b"0\r\n\r\n" if self.chunked else b"")
+        if rest:
+            self.sock.sendall(rest)
+
+
+class LeanWorker(GeventWorker):  # type: ignore[misc]
+    """The gevent worker, handling one request with `OneSendResponse`."""
+
+    def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> bool:
+        """Answer one request. Raises StopIteration when the connection is to be closed, as gunicorn expects."""
+        response, environ = wsgi.create(req, sock, addr, listener_name, self.cfg, response_class=OneSendResponse)
+        environ["wsgi.multithread"] = True
+        if not self.alive:
+            response.force_close()
+        try:
+            pieces = self.wsgi(environ, response.start_response)
+            try:
+                for piece in pieces:
+                    response.write(piece)
+                response.close()
+            finally:
+                if hasattr(pieces, "close"):
+                    pieces.close()
+        except (OSError, GreenletExit):
+            raise
+        except Exception:
+            if not response.headers_sent:
+                raise  # gunicorn answers with 500
+            self.log.exception("an answer broke off")
+            _cut(sock)
+            raise StopIteration from None
+        if response.should_close():
+            raise StopIteration
+        return True
+
+
+def _cut(sock: Any) -> None:
+    """End a connection whose answer cannot be finished, so that nobody takes the part for the whole."""
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+        sock.close()
+    except OSError:
+        pass  # the other side was faster

@@ -1,0 +1,127 @@
+"""The stacks measured side by side, each in front of the same stub: how to start one and how to call it.
+
+`direct` is the stub itself, against which the others' added latency is counted.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from books import CLI, Books, command_line
+from install import EXPRESS, express_modules
+from nginx import nginx
+from process import Process, free_port
+from stub import MODEL_PATH, Stub
+
+FAL_KEY = "bench:key"
+JSON_HEADERS = {"content-type": "application/json"}
+
+
+@dataclass(slots=True)
+class Running:
+    """A stack that accepts calls: POST `path` on 127.0.0.1:`port` with `headers` reaches the model through it."""
+
+    port: int
+    path: str = MODEL_PATH
+    headers: dict[str, str] = field(default_factory=lambda: dict(JSON_HEADERS))
+    process: Process | None = None
+    books: Books | None = None
+
+
+StackStarter = Callable[[Stub, Path, int], contextlib.AbstractContextManager[Running]]
+
+
+@contextlib.contextmanager
+def direct(stub: Stub, folder: Path, core: int) -> Iterator[Running]:
+    """No proxy at all."""
+    yield Running(stub.port, headers=JSON_HEADERS | {"authorization": f"Key {FAL_KEY}"})
+
+
+@contextlib.contextmanager
+def nginx_proxy(stub: Stub, folder: Path, core: int) -> Iterator[Running]:
+    """nginx as a plain reverse proxy, set up to pass bodies on as they come rather than through temporary files."""
+    port = free_port()
+    http = f"""
+        upstream stub {{ server 127.0.0.1:{stub.port}; keepalive 4096; keepalive_requests 1000000000; }}
+        server {{
+            listen 127.0.0.1:{port} backlog=4096;
+            location / {{
+                proxy_pass http://stub;
+                proxy_http_version 1.1;
+                proxy_set_header Connection "";
+                proxy_set_header Authorization "Key {FAL_KEY}";
+                proxy_request_buffering off;
+                proxy_max_temp_file_size 0;
+            }}
+        }}
+    """
+    with nginx(folder, core, port, http) as process:
+        yield Running(port, process=process)
+
+
+@contextlib.contextmanager
+def official(stub: Stub, folder: Path, core: int) -> Iterator[Running]:
+    """fal's own `@fal-ai/server-proxy` on Express; it has no keys, limits or billing."""
+    port = free_port()
+    env = os.environ | {
+        "FAL_KEY": FAL_KEY,
+        "PORT": str(port),
+        "BENCH_STUB_URL": stub.url,
+        "NODE_ENV": "production",
+        "NODE_PATH": str(express_modules()),
+    }
+    argv = ["node", "--require", str(EXPRESS / "remap.js"), str(EXPRESS / "server.js")]
+    process = Process(argv, core=core, env=env, cwd=folder, log=folder / "official.log")
+    try:
+        process.wait_until_listening(port)
+        target = {"x-fal-target-url": f"https://fal.run{MODEL_PATH}"}
+        yield Running(port, "/api/fal/proxy", JSON_HEADERS | target, process)
+    finally:
+        process.stop()
+
+
+@contextlib.contextmanager
+def abhiapi(stub: Stub, folder: Path, core: int) -> Iterator[Running]:
+    """This repository's proxy: one process, a new SQLite file, every charge recorded before its answer is whole."""
+    port = free_port()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("ABHIAPI_")} | {
+        "FAL_KEY": FAL_KEY,
+        "ABHIAPI_DATABASE_URL": f"sqlite:///{folder / 'abhi.db'}",
+        "ABHIAPI_FAL_RUN_URL": stub.url,
+        "ABHIAPI_RATE_PER_MINUTE": "1000000000",
+        "ABHIAPI_CONCURRENCY": "100000",
+        # It runs in the temporary folder, so that no .env of this checkout joins in; the workers import from here.
+        "PYTHONPATH": str(CLI.parent),
+    }
+    books = Books(env, folder)
+    key = books.open()
+    argv = command_line("serve", "--bind", f"127.0.0.1:{port}")
+    process = Process(argv, core=core, env=env, cwd=folder, log=folder / "abhiapi.log")
+    try:
+        process.wait_until_listening(port)
+        yield Running(port, headers=JSON_HEADERS | {"x-api-key": key}, process=process, books=books)
+    finally:
+        process.stop()
+
+
+STACKS: dict[str, StackStarter] = {
+    "direct": direct,
+    "nginx": nginx_proxy,
+    "official": official,
+    "abhiapi": abhiapi,
+}
+
+
+def check_answer(name: str, body: bytes, expected: bytes) -> str | None:
+    """What is wrong with a stack's answer to a call that the stub answered with `expected`, if anything."""
+    if name != "abhiapi":
+        return None if body == expected else f"{name} changed the answer"
+    if not body.startswith(expected[:-1]):
+        return "abhiapi changed the answer beyond its last brace"
+    billing = json.loads(body, parse_float=str).get("_billing", {})
+    if billing.get("credits_used") != "26.25":
+        return f"abhiapi billed {billing.get('credits_used')!r} credits for a call that costs 26.25"
+    return None

@@ -1,0 +1,122 @@
+"""The command line as tests run it: in this process on a real database, or as processes of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import click
+from click.testing import CliRunner
+
+from abhiapi import audit, reports
+from abhiapi.commands import main
+from abhiapi.db import Database
+from tests.harness import ROOT, environment
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command said, and how it ended."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        """stdout as JSON, numbers with a fraction as Decimals."""
+        return json.loads(self.stdout, parse_float=Decimal)
+
+    @property
+    def lines(self) -> list[str]:
+        return self.stdout.splitlines()
+
+    def refused(self) -> str:
+        """The one line of a refusal: exit 1, nothing on stdout."""
+        assert (self.exit_code, self.stdout) == (1, ""), self
+        lines = [line for line in self.stderr.splitlines() if not line.startswith("created the database ")]
+        assert len(lines) == 1, self.stderr
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    def misused(self) -> str:
+        """What a wrong usage is told: exit 2, nothing on stdout."""
+        assert (self.exit_code, self.stdout) == (2, ""), self
+        assert "Traceback" not in self.stderr
+        return self.stderr
+
+
+class CommandLine:
+    """`abhiapi` on a database of the test's own, which it creates at its first command."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "abhiapi.db"
+        self.settings = {"ABHIAPI_DATABASE_URL": f"sqlite:///{self.path}", "FAL_KEY": "id:secret"}
+
+    @property
+    def database(self) -> Database:
+        return Database(self.settings["ABHIAPI_DATABASE_URL"])
+
+    def __call__(self, *arguments: str, **settings: str) -> Done:
+        """Run a command in this process. Bugs keep their traceback."""
+        env: dict[str, str | None] = {name: None for name in environment() if name.startswith(("ABHIAPI_", "FAL_"))}
+        result = CliRunner().invoke(main, arguments, env=env | self.settings | settings, prog_name="abhiapi")
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return Done(result.exit_code, result.stdout, result.stderr)
+
+    def json(self, *arguments: str) -> Any:
+        """What a command prints with --json; it must succeed."""
+        done = self(*arguments, "--json")
+        assert done.exit_code == 0, done.stderr
+        return done.json
+
+    def start(self, *arguments: str, **settings: str) -> subprocess.Popen[str]:
+        """Start `python cli.py` as a process of its own."""
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "cli.py"), *arguments],
+            cwd=self.path.parent,
+            env=environment(**self.settings | settings),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def entries(self) -> int:
+        """How many entries the whole ledger has, after proof that it adds up."""
+        finding = self.database.read(audit.verify)
+        assert finding.ok, finding.problems
+        return finding.entries
+
+    def dump(self) -> str:
+        """Everything that is in the database, as text."""
+        connection = self.database.connect()
+        try:
+            return "\n".join(connection.iterdump())
+        finally:
+            connection.close()
+
+    def call(self, call_id: int) -> reports.CallRow:
+        row = self.database.read(lambda tx: reports.call(tx, call_id))
+        assert row is not None
+        return row
+
+
+def finish(process: subprocess.Popen[str], within_s: float = 30) -> Done:
+    """Wait for a started command."""
+    stdout, stderr = process.communicate(timeout=within_s)
+    return Done(process.returncode, stdout, stderr)
+
+
+def tree(command: click.Command = main, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Every command and group there is, by its words."""
+    yield path, command
+    if isinstance(command, click.Group):
+        for name, sub in command.commands.items():
+            yield from tree(sub, (*path, name))

@@ -1,0 +1,117 @@
+"""`ledger verify` finds every kind of damage, and names it. The guards are dropped first, as a thief would."""
+
+from __future__ import annotations
+
+import sqlite3
+import tracemalloc
+from contextlib import closing
+
+import pytest
+
+from abhiapi import audit, calls, ledger
+from abhiapi.db import Database, Tx
+from abhiapi.money import Micros
+from tests.harness import Clock
+from tests.rows import Customer
+
+
+@pytest.fixture
+def books(database: Database, clock: Clock) -> Database:
+    """Two accounts; one with a top-up, two charges, a refund and an open hold."""
+    Customer.new(database, clock, name="other")
+    customer = Customer.new(database, clock, name="ann")
+    first = customer.settle()
+    customer.settle(10_000)
+    customer.write(lambda tx: calls.refund(tx, first.call_id, Micros(250), now_ms=clock.now_ms))
+    customer.admit()
+    return database
+
+
+def damage(database: Database, *statements: str) -> None:
+    with closing(sqlite3.connect(database.path, isolation_level=None)) as connection:
+        for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+            connection.execute(f"DROP TRIGGER {name}")
+        connection.execute("PRAGMA ignore_check_constraints = ON")
+        for statement in statements:
+            assert connection.execute(statement).rowcount >= 1, "the damage was done"
+
+
+def test_sound_books_are_sound(books: Database) -> None:
+    finding = books.read(audit.verify)
+    assert finding.ok
+    assert (finding.accounts, finding.entries, finding.problems) == (2, 5, [])
+
+
+ANN = "account_id = 2"
+
+
+@pytest.mark.parametrize(
+    ("statements", "named"),
+    [
+        ([f"UPDATE entries SET note = 'x' WHERE {ANN} AND seq = 1"], "entry_2_1 does not match its hash"),
+        ([f"UPDATE entries SET created_at = 5 WHERE {ANN} AND seq = 2"], "entry_2_2 does not match its hash"),
+        ([f"UPDATE entries SET amount_micros = 2000000 WHERE {ANN} AND seq = 1"], "entry_2_1 says a balance of"),
+        ([f"UPDATE entries SET hash = randomblob(32) WHERE {ANN} AND seq = 2"], "entry_2_3 does not match its hash"),
+        ([f"DELETE FROM entries WHERE {ANN} AND seq = 2"], "entry_2_3 follows number 1: an entry is missing"),
+        ([f"DELETE FROM entries WHERE {ANN} AND seq = 4"], "its chain ends at entry 3, its head says 4"),
+        ([f"UPDATE accounts SET balance_micros = balance_micros + 1 WHERE {ANN}"], "'ann': balance"),
+        ([f"UPDATE accounts SET held_micros = 0 WHERE {ANN}"], "'ann': held 0, open calls hold 26.25"),
+        (["UPDATE calls SET charged_micros = 1 WHERE charged_micros = 10000"], "charged 0.001, its entry says 10"),
+        (["UPDATE calls SET refunded_micros = 0 WHERE refunded_micros = 250"], "refund entries of 0.25"),
+        (["UPDATE calls SET refunded_micros = 7 WHERE charged_micros = 10000"], "is refunded 0.007"),
+        (["UPDATE usage_daily SET calls = calls + 1"], "differs from its calls by -1 calls"),
+        (["UPDATE usage_daily SET charged_micros = charged_micros - 1"], "0.001 credits"),
+        (["UPDATE usage_daily SET fal_cost_nano_usd = 0"], "nano-USD"),
+        (["DELETE FROM usage_daily"], "differs from its calls by 2 calls"),
+        (["UPDATE calls SET account_id = 1 WHERE charged_micros = 10000"], "charged 10"),
+    ],
+)
+def test_every_damage_is_found_and_named(books: Database, statements: list[str], named: str) -> None:
+    damage(books, *statements)
+    finding = books.read(audit.verify)
+    assert not finding.ok
+    assert any(named in problem for problem in finding.problems), finding.problems
+
+
+def test_a_whole_forged_chain_is_found_by_the_calls_behind_it(books: Database) -> None:
+    """Whoever rewrites an entry and every hash after it still cannot make the calls agree."""
+    with closing(sqlite3.connect(books.path, isolation_level=None)) as connection:
+        connection.execute("DROP TRIGGER entries_are_immutable")
+        rows = connection.execute(
+            "SELECT seq, kind, amount_micros, call_id, ref, note, created_at FROM entries WHERE account_id = 2"
+            " ORDER BY seq"
+        ).fetchall()
+        balance, previous = 0, b""
+        for seq, kind, amount, call_id, ref, note, created_at in rows:
+            forged = -1 if kind == "charge" else amount
+            balance += forged
+            previous = ledger.entry_hash(previous, 2, seq, kind, forged, balance, call_id, ref, note, created_at)
+            connection.execute(
+                "UPDATE entries SET amount_micros = ?, balance_after_micros = ?, hash = ?"
+                " WHERE account_id = 2 AND seq = ?",
+                (forged, balance, previous, seq),
+            )
+        connection.execute(
+            "UPDATE accounts SET balance_micros = ?, last_hash = ? WHERE account_id = 2", (balance, previous)
+        )
+    finding = books.read(audit.verify)
+    assert any("charged" in problem for problem in finding.problems), finding.problems
+
+
+def test_fifty_thousand_entries_are_verified_in_little_memory(database: Database, clock: Clock) -> None:
+    customer = Customer.new(database, clock, credits=0)
+
+    def many(tx: Tx) -> None:
+        for number in range(50_000):
+            ledger.topup(tx, customer.account_id, Micros(number + 1), ref=None, note="n" * 50, now_ms=number)
+
+    database.write(many)
+    heard: list[int] = []
+    tracemalloc.start()
+    finding = database.read(lambda tx: audit.verify(tx, progress=heard.append))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert finding.ok
+    assert finding.entries == 50_000
+    assert heard == [50_000]
+    assert peak_bytes < 2_000_000

@@ -1,0 +1,127 @@
+"""Settings are read once; every bad value is reported, all of them together, and ends the process with status 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from abhiapi.errors import SettingsError
+from abhiapi.settings import Settings, default_database_url, variables
+from tests.harness import ROOT, environment, free_port
+
+BAD = {
+    "FAL_KEY": "two words",
+    "ABHIAPI_DATABASE_URL": "mysql://localhost/db",
+    "ABHIAPI_LIMITS_URL": "memcached://here",
+    "ABHIAPI_PUBLIC_URL": "example.com",
+    "ABHIAPI_MARGIN": "-0.1",
+    "ABHIAPI_RATE_PER_MINUTE": "0",
+    "ABHIAPI_CONCURRENCY": "many",
+    "ABHIAPI_PRO_RATE_PER_MINUTE": "1e3",
+    "ABHIAPI_PRO_CONCURRENCY": "-5",
+    "ABHIAPI_UPSTREAM_TIMEOUT_S": "0.5",
+    "ABHIAPI_MAX_BODY_BYTES": "100MB",
+    "ABHIAPI_FAL_RUN_URL": "ftp://fal.run",
+    "ABHIAPI_FAL_QUEUE_URL": "https://user@queue.fal.run",
+    "ABHIAPI_FAL_REST_URL": "https://rest.fal.ai?x=1",
+    "ABHIAPI_FAL_API_URL": "https://api.fal.ai:99999/v1",
+    "ABHIAPI_RECONCILE_INTERVAL_S": "never",
+    "ABHIAPI_TRUSTED_PROXIES": "11",
+    "ABHIAPI_METRICS_TOKEN": "naïve",
+}
+
+
+def test_the_defaults_are_those_of_the_contract() -> None:
+    settings = Settings.from_env({})
+    assert settings.fal_key is None
+    assert settings.database_url == default_database_url()
+    assert settings.margin == Decimal("0.05")
+    assert (settings.rate_per_minute, settings.concurrency) == (30, 5)
+    assert (settings.pro_rate_per_minute, settings.pro_concurrency) == (300, 40)
+    assert (settings.upstream_timeout_s, settings.max_body_bytes) == (900, 104_857_600)
+    assert settings.fal_run_url == "https://fal.run"
+    assert settings.fal_queue_url == "https://queue.fal.run"
+    assert settings.fal_rest_url == "https://rest.fal.ai"
+    assert settings.fal_api_url == "https://api.fal.ai/v1"
+    assert (settings.limits_url, settings.reconcile_interval_s, settings.trusted_proxies) == ("memory://", 5, 0)
+
+
+def test_every_bad_value_is_reported_together() -> None:
+    with pytest.raises(SettingsError) as refusal:
+        Settings.from_env(BAD)
+    named = {problem.split()[0] for problem in refusal.value.problems}
+    assert named == set(BAD)
+
+
+def test_every_variable_can_be_bad() -> None:
+    """A new setting cannot be forgotten in the list above; limits of text are the only ones without one."""
+    assert {variable.name for variable in variables()} == set(BAD)
+
+
+def test_secrets_are_neither_shown_nor_said() -> None:
+    settings = Settings.from_env({"FAL_KEY": "id:top-secret", "ABHIAPI_METRICS_TOKEN": "hush-hush"})
+    assert "top-secret" not in repr(settings)
+    assert "hush-hush" not in repr(settings)
+    with pytest.raises(SettingsError) as refusal:
+        Settings.from_env({"FAL_KEY": "top secret"})
+    assert "top secret" not in str(refusal.value)
+
+
+def test_an_empty_value_is_the_default() -> None:
+    assert Settings.from_env({"ABHIAPI_MARGIN": "", "FAL_KEY": "  "}) == Settings.from_env({})
+
+
+def test_a_trailing_slash_of_a_url_does_not_matter() -> None:
+    assert Settings.from_env({"ABHIAPI_FAL_RUN_URL": "http://127.0.0.1:1/"}).fal_run_url == "http://127.0.0.1:1"
+
+
+def test_a_dotenv_file_fills_in_and_the_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".env").write_text("ABHIAPI_MARGIN=0.2\nABHIAPI_CONCURRENCY=7\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ABHIAPI_MARGIN", "0.3")
+    settings = Settings.from_env()
+    assert (settings.margin, settings.concurrency) == (Decimal("0.3"), 7)
+
+
+def test_the_default_database_is_the_same_from_every_folder(tmp_path: Path) -> None:
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", "from abhiapi.settings import default_database_url as d; print(d())"],
+            cwd=folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
+        for folder in (tmp_path, ROOT, Path("/"))
+    }
+    assert len(said) == 1
+    assert said.pop().startswith("sqlite:////")
+
+
+@pytest.mark.parametrize("command", [["cli.py", "serve"], ["-m", "gunicorn", "app:app"]], ids=["serve", "gunicorn"])
+def test_a_server_with_bad_settings_ends_with_status_2_and_says_all(tmp_path: Path, command: list[str]) -> None:
+    env = environment(
+        FAL_KEY="id:secret",
+        ABHIAPI_DATABASE_URL=f"sqlite:///{tmp_path / 'a.db'}",
+        ABHIAPI_MARGIN="lots",
+        ABHIAPI_CONCURRENCY="0",
+    )
+    ended = subprocess.run(
+        [sys.executable, *command, "--bind", f"127.0.0.1:{free_port()}"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert "ABHIAPI_MARGIN" in ended.stderr
+    assert "ABHIAPI_CONCURRENCY" in ended.stderr
+    assert "Traceback" not in ended.stderr
