@@ -1,16 +1,14 @@
 # Five verbs. Each installs what it needs into .venv first; nothing else has to be done by hand.
 PORT ?= 8000
-SANDBOX_DATABASE = sqlite:///$(CURDIR)/instance/sandbox.db
 BIN = .venv/bin
 
 .PHONY: run test check bench clean
 .DEFAULT_GOAL := run
 
-run: ## Serve fal if FAL_KEY is set, else the built-in simulator with an account to try it with.
+run: ## Serve fal if FAL_KEY is set (here or in .env), else the built-in simulator with an account to try it with.
 	@tools/bootstrap requirements.txt
-	@if [ -n "$$FAL_KEY" ]; then exec $(BIN)/abhiapi serve --bind 127.0.0.1:$(PORT); \
-	else export ABHIAPI_DATABASE_URL="$${ABHIAPI_DATABASE_URL:-$(SANDBOX_DATABASE)}"; \
-	exec $(BIN)/abhiapi serve --sandbox --demo --bind 127.0.0.1:$(PORT); fi
+	@if [ -n "$$FAL_KEY" ] || grep -qsE '^(export )?FAL_KEY=.' .env; then exec $(BIN)/abhiapi serve --bind 127.0.0.1:$(PORT); \
+	else exec $(BIN)/abhiapi serve --sandbox --demo --bind 127.0.0.1:$(PORT); fi
 
 test: check ## Everything that has to be true, with coverage of the money modules.
 	$(BIN)/python -m pytest --cov --cov-report=

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Protocol
 
-from abhiapi import calls, jsonbytes, keys, metering, prices, pricing, wire
+from abhiapi import calls, jsonbytes, keys, prices, pricing, wire
 from abhiapi.db import Tx
 from abhiapi.errors import AbhiError, ChargeNotRecorded, DatabaseUnavailable, UnknownRoute, UpstreamError
 from abhiapi.ids import call_text
+from abhiapi.metering import Verdict
 from abhiapi.money import Micros, credits_text
 from abhiapi.runtime import SETTLE_PATIENCE_S, Runtime
 
@@ -26,8 +27,6 @@ log = logging.getLogger("abhiapi")
 
 # Answers up to this size are read whole before the first byte leaves, so that their charge can stand in the headers.
 WHOLE_BYTES_MAX = 64 * 1024
-SLOW_CALLER_S = 600  # how much longer than fal a caller may take to read a large answer before it is cut off
-DEADLINE_SLACK_MS = 60_000  # a call's hold outlives both by this much
 
 
 class RequestBody(Protocol):
@@ -151,7 +150,7 @@ def hold(rt: Runtime, caller: keys.Caller, call: calls.OpenCall, price: pricing.
                 price_id=price_id,
                 process_id=rt.process_id,
                 mode=mode,
-                deadline_at=now + (rt.settings.upstream_timeout_s + SLOW_CALLER_S) * 1000 + DEADLINE_SLACK_MS,
+                deadline_at=now + rt.settings.longest_call_s * 1000,
                 created_at=now,
             ),
         )
@@ -160,13 +159,14 @@ def hold(rt: Runtime, caller: keys.Caller, call: calls.OpenCall, price: pricing.
         return price_id
 
     price_id = rt.price_ids[identity] = rt.write(admit)
+    rt.working_on.add(call.call_id)
     return price_id
 
 
 def settle(
     rt: Runtime,
     call: Call,
-    verdict: metering.Verdict,
+    verdict: Verdict,
     *,
     http_status: int | None = None,
     fal_request_id: str | None = None,
@@ -175,11 +175,9 @@ def settle(
     now = rt.now_ms()
     call.is_ending = True
 
-    def finish(tx: Tx) -> Outcome:
-        balance = calls.finish(
-            tx, call.open, verdict, now_ms=now, http_status=http_status, fal_request_id=fal_request_id
-        )
-        return Outcome(verdict.charge_micros, balance)
+    def finish(tx: Tx, by: Verdict = verdict) -> Outcome:
+        balance = calls.finish(tx, call.open, by, now_ms=now, http_status=http_status, fal_request_id=fal_request_id)
+        return Outcome(by.charge_micros, balance)
 
     try:
         outcome = rt.write(finish, patience_s=SETTLE_PATIENCE_S)
@@ -188,22 +186,27 @@ def settle(
         log.error("%s was ended by somebody else before its answer was settled", call_text(call.open.call_id))
     except DatabaseUnavailable as error:
         rt.metrics.parked.inc()
-        rt.settle_later(finish)
+        rt.settle_later(finish, call.open.call_id)
         log.error("the charge of %s could not be written yet: %s", call_text(call.open.call_id), error.message)
         raise ChargeNotRecorded(
             "fal answered, and the charge could not be written down, so the answer is withheld. "
             "It is settled as soon as the database takes writes again"
         ) from error
-    count(rt, call.open, verdict)
+    except AbhiError as error:  # the ledger refuses such a charge: the operator is asked
+        unknown = Verdict("unknown", units=verdict.units, reason="charge_refused")
+        outcome = rt.write(lambda tx: finish(tx, unknown), patience_s=SETTLE_PATIENCE_S)
+        log.error("the charge of %s was refused by the ledger: %s", call_text(call.open.call_id), error.message)
+    rt.working_on.discard(call.open.call_id)
+    count(rt, call.open, verdict, outcome)
     rt.metrics.fal_seconds.observe(monotonic() - call.started)
     return outcome
 
 
-def count(rt: Runtime, call: calls.OpenCall, verdict: metering.Verdict) -> None:
+def count(rt: Runtime, call: calls.OpenCall, verdict: Verdict, outcome: Outcome) -> None:
     """An ended hold, in the metrics; and in the log where it was too small."""
     rt.metrics.ended[verdict.end].inc()
-    rt.metrics.credits.inc(verdict.charge_micros)
-    if verdict.charge_micros > call.held_micros:
+    rt.metrics.credits.inc(outcome.charge_micros)
+    if outcome.charge_micros > call.held_micros:
         rt.metrics.over_hold.inc()
         log.warning("%s (%s) cost more than its hold", call_text(call.call_id), call.model)
 
@@ -243,6 +246,12 @@ def refusal(rt: Runtime, error: AbhiError, dialect: wire.Dialect) -> Reply:
     if shown.retry_after_s is not None:
         headers.append(("Retry-After", str(shown.retry_after_s)))
     return Reply(shown.status, headers, body)
+
+
+def internal_error() -> Reply:
+    """The answer to a call that met a bug of ours."""
+    body = wire.error_body(AbhiError("something went wrong here: tell the operator of this service"))
+    return Reply(500, json_headers(body), body)
 
 
 def json_headers(body: bytes) -> wire.Headers:

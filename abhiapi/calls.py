@@ -116,7 +116,13 @@ _OF_PROCESS = (
     .where(_in(*OPEN), _c.state == "held", _c.process_id == bindparam("process"))
     .limit(bindparam("most"))
 )
-_HOLDING = select(_c.process_id).where(_in(*OPEN), _c.state == "held").distinct()
+_MODE = select(_c.mode).where(_c.call_id == bindparam("call"))
+_HOLDING = (
+    select(_c.process_id, tables.processes.c.pid)
+    .join_from(tables.calls, tables.processes, _c.process_id == tables.processes.c.process_id)
+    .where(_in(*OPEN), _c.state == "held")
+    .distinct()
+)
 
 
 class CallEnded(Refused):
@@ -251,9 +257,17 @@ def of_process(tx: Tx, process_id: int, *, most: int) -> list[OpenCall]:
     return _open_calls(tx.all(_OF_PROCESS, process=process_id, most=most))
 
 
-def holding_processes(tx: Tx) -> list[int]:
-    """Processes that have held calls."""
-    return [row[0] for row in tx.all(_HOLDING)]
+def is_queued(tx: Tx, call_id: int) -> bool:
+    """Whether a call is a job of fal's queue. The call must exist."""
+    row = tx.one(_MODE, call=call_id)
+    if row is None:
+        raise AssertionError(f"call {call_id} is gone")
+    return bool(row[0] == "queue")
+
+
+def holding_processes(tx: Tx) -> list[tuple[int, int]]:
+    """Processes that have held calls: (number, pid)."""
+    return [(row[0], row[1]) for row in tx.all(_HOLDING)]
 
 
 def _open_calls(rows: Iterable[tuple[object, ...]]) -> list[OpenCall]:

@@ -26,6 +26,7 @@ from abhiapi.errors import DatabaseUnavailable
 T = TypeVar("T")
 log = logging.getLogger("abhiapi")
 
+REPLACED = "another file stands where the database was: put the old one back, or restart the server"
 GROUP_MAX = 256  # operations in one transaction; keeps a commit short whatever has queued up
 RETRY_FIRST_S, RETRY_MAX_S = 0.001, 0.05
 
@@ -160,8 +161,9 @@ class GroupCommitter:
         if identity is None:
             self._disconnect()
             raise DatabaseUnavailable("the database file is gone", retry_after_s=5)
-        if self._connection is None or self._tx is None or identity != self._file:
-            self._disconnect()
+        if self._file not in (None, identity):
+            raise DatabaseUnavailable(REPLACED, retry_after_s=30)
+        if self._connection is None or self._tx is None:
             self._connection = in_thread(self._thread, self._database.connect)
             self._tx = self._database.tx(self._connection)
             self._file = identity
@@ -215,8 +217,9 @@ class Reader:
         if identity is None:
             raise DatabaseUnavailable("the database file is gone", retry_after_s=5)
         try:
-            if self._connection is None or identity != self._file:
-                self.close()
+            if self._file not in (None, identity):
+                raise DatabaseUnavailable(REPLACED, retry_after_s=30)
+            if self._connection is None:
                 self._connection = self._database.connect()
                 self._file = identity
             return op(self._database.tx(self._connection))

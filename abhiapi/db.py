@@ -33,7 +33,6 @@ CLI_PATIENCE_S = 15  # a command waits this long for its turn to write
 _PRAGMAS = (
     "synchronous = FULL",
     "foreign_keys = ON",
-    "temp_store = MEMORY",
     "cache_size = -65536",  # KiB
     "wal_autocheckpoint = 8000",  # 32 MB: fewer pages are written twice
     "journal_size_limit = 67108864",
@@ -119,7 +118,7 @@ class Database:
             raise SchemaError(f"{parsed.get_backend_name()} is not supported yet; use sqlite:////absolute/path.db")
         if not parsed.database or parsed.database == ":memory:":
             raise SchemaError("the ledger must be a file: use sqlite:////absolute/path.db")
-        self.path = Path(parsed.database).absolute()
+        self.path = Path(parsed.database).resolve()
         self._engine = create_engine(f"sqlite:///{self.path}", poolclass=NullPool)
         self._compiled: dict[int, _Compiled] = {}
 

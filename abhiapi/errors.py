@@ -133,6 +133,12 @@ class DatabaseUnavailable(AbhiError):
     status, type = 503, "database_unavailable"
 
 
+class StorageUnavailable(AbhiError):
+    """A large request body found no room while it waited for fal; nothing was forwarded."""
+
+    status, type = 503, "storage_unavailable"
+
+
 # --- nothing the customer can do --------------------------------------------------------------------------------
 
 

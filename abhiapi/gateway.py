@@ -17,12 +17,13 @@ from time import monotonic
 from typing import Any
 
 from abhiapi import admission, calls, encodings, jsonbytes, keys, metering, pricing, wire
-from abhiapi.admission import SLOW_CALLER_S, WHOLE_BYTES_MAX, Call, Outcome, Reply, Request
+from abhiapi.admission import WHOLE_BYTES_MAX, Call, Outcome, Reply, Request
 from abhiapi.errors import BodyIncomplete, UpstreamError, UpstreamRefused
 from abhiapi.fal import FalReply
 from abhiapi.ids import call_text
 from abhiapi.metering import Verdict
 from abhiapi.runtime import Runtime
+from abhiapi.settings import SLOW_CALLER_S
 
 __all__ = ["MeteredBody", "Reply", "Request", "run"]
 
@@ -67,9 +68,15 @@ def _answer(rt: Runtime, call: Call, reply: FalReply) -> Reply:
         reply.close()
         log.error("fal refused the operator's credential or account with status %d", status)
         refused = UpstreamRefused("fal does not accept calls from this service just now: nothing was charged")
-        return _failed(rt, call, refused, http_status=status)
+        return _failed(rt, call, refused, reply)
     body = MeteredBody(rt, call, reply)
-    whole = body.read_whole(WHOLE_BYTES_MAX)
+    try:
+        whole = body.read_whole(WHOLE_BYTES_MAX)
+        if whole is None:
+            body.read_first()  # an answer that is cut before its first byte still gets a proper error
+    except UpstreamError as error:
+        reply.close()
+        return _failed(rt, call, error, reply)
     without = wire.DIGESTS if body.is_changed else frozenset()
     if body.is_decoded:
         without |= {"content-encoding"}
@@ -88,14 +95,28 @@ def _answer(rt: Runtime, call: Call, reply: FalReply) -> Reply:
     )
 
 
-def _failed(rt: Runtime, call: Call, error: UpstreamError, *, http_status: int | None = None) -> Reply:
+def _failed(rt: Runtime, call: Call, error: UpstreamError, reply: FalReply | None = None) -> Reply:
     """No whole answer came: the hold is given back, and the caller told whether fal may have started."""
-    outcome = admission.settle(rt, call, metering.released(error.type), http_status=http_status)
+    request_id = None if reply is None else _request_id(reply)
+    outcome = admission.settle(
+        rt,
+        call,
+        metering.released(error.type),
+        http_status=None if reply is None else reply.status,
+        fal_request_id=request_id,
+    )
     shown = wire.error_for(call.dialect, error)
     member = wire.billing_member(call.open.model, outcome.charge_micros, outcome.balance_micros)
     body = wire.error_body(shown, billing=member)
     rt.metrics.refused.labels(shown.type).inc()
-    return Reply(shown.status, [*admission.json_headers(body), *outcome.headers()], body)
+    headers = [*admission.json_headers(body), *outcome.headers()]
+    if request_id is not None:
+        headers.append(("x-fal-request-id", request_id))
+    return Reply(shown.status, headers, body)
+
+
+def _request_id(reply: FalReply) -> str | None:
+    return (reply.value("x-fal-request-id") or "")[:FAL_REQUEST_ID_MAX] or None
 
 
 class MeteredBody:
@@ -144,6 +165,14 @@ class MeteredBody:
                 self._gathered.append(piece)
                 size += len(piece)
         return None
+
+    def read_first(self) -> None:
+        """Wait for the first piece of a body that will be passed on as it comes. Raises `UpstreamError`."""
+        if not self._gathered and not self._ended:
+            piece = self._read1()
+            self._ended = not piece
+            if piece:
+                self._gathered.append(piece)
 
     def settle(self) -> Outcome:
         """End the hold of a body that has ended. Once; a second time tells the same."""
@@ -234,7 +263,7 @@ class MeteredBody:
             self._call,
             verdict,
             http_status=self._reply.status,
-            fal_request_id=(self._reply.value("x-fal-request-id") or "")[:FAL_REQUEST_ID_MAX] or None,
+            fal_request_id=_request_id(self._reply),
         )
 
     def _is_short(self, most: int) -> bool:

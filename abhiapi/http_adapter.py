@@ -18,6 +18,7 @@ from time import monotonic
 from typing import IO, Any, Protocol
 
 import certifi
+import gevent
 import gevent.socket
 import gevent.ssl
 from geventhttpclient.response import HTTPParseError, HTTPResponse
@@ -30,6 +31,7 @@ from abhiapi.errors import UpstreamBroken, UpstreamTimeout, UpstreamUnreachable
 CONNECT_TIMEOUT_S = 10
 BLOCK_BYTES = 64 * 1024
 HEAD_BYTES_MAX = 64 * 1024  # fal limits all response headers together to 16 KB (fal-protocol 2.2)
+YIELD_AFTER = 4  # reads of an answer in a row before others get their turn
 IDLE_MAX_S = 15  # an older pooled connection is likely to be closed by fal while we send; a fresh one costs less
 IDLE_CONNECTIONS_MAX = 512  # per host
 
@@ -66,6 +68,12 @@ class _Parser(HTTPResponse):
                 raise
             self.dirty = True
 
+    def head_bytes(self) -> int:
+        """The size of the head; while it is not complete, more than any may have."""
+        if not self.has_head:
+            return HEAD_BYTES_MAX + 1
+        return sum(len(name) + len(value) + 4 for name, value in self.lines)
+
     @property
     def is_whole(self) -> bool:
         return self.message_complete and self.get_code() >= 200
@@ -92,6 +100,7 @@ class Raw:
     def __init__(self, connection: _Connection, parser: _Parser, deadline: float) -> None:
         self._connection: _Connection | None = connection
         self._parser = parser
+        self._received = 0
         self._patience_s = _remaining(deadline)  # only waiting for fal uses it up, not a slow reader of ours
         self.header_items: Headers = parser.lines
         self._end_if_whole()
@@ -113,6 +122,9 @@ class Raw:
                 self.close()
                 raise
             self._patience_s -= monotonic() - asked
+            self._received += 1
+            if self._received > YIELD_AFTER:
+                gevent.sleep(0)  # a fast upstream would otherwise keep everybody else waiting
             self._end_if_whole()
 
     def close(self) -> None:
@@ -319,7 +331,7 @@ def _read_head(connection: _Connection, parser: _Parser, deadline: float) -> _Pa
             parser.parse(data)
         except HTTPParseError as error:
             raise UpstreamBroken("fal's answer is not what HTTP allows") from error
-        if received > HEAD_BYTES_MAX and not parser.has_head:
+        if received > HEAD_BYTES_MAX and parser.head_bytes() > HEAD_BYTES_MAX:
             raise UpstreamBroken("the head of fal's answer is larger than HTTP servers allow")
     return parser
 

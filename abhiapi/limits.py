@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from time import time
 
 from limits import RateLimitItemPerMinute
-from limits.storage import MovingWindowSupport, Storage, storage_from_string
+from limits.storage import MovingWindowSupport, Storage
 from limits.strategies import MovingWindowRateLimiter
 
 from abhiapi.errors import RateLimited, TooManyConcurrent
-from abhiapi.settings import Settings
+from abhiapi.settings import UPLOAD_S, Settings
 
+STORAGE_URI = "exact-memory://"  # what `memory://`, the one storage of this release, means here
 _KEYS_BETWEEN_SWEEPS = 4096
 
 
@@ -131,10 +132,10 @@ class CallLimits:
             "free": Plan(settings.rate_per_minute, settings.concurrency),
             "pro": Plan(settings.pro_rate_per_minute, settings.pro_concurrency),
         }
-        self.storage_uri = storage_uri(settings.limits_url)
-        self._window = MovingWindowRateLimiter(_storage(self.storage_uri, now))
+        self.storage_uri = STORAGE_URI
+        self._window = MovingWindowRateLimiter(ExactMemoryStorage(self.storage_uri, now=now))
         self._items = {name: RateLimitItemPerMinute(plan.requests_per_minute) for name, plan in self.plans.items()}
-        self._lease_s = settings.upstream_timeout_s + 120
+        self._lease_s = UPLOAD_S + settings.longest_call_s
         self._places: dict[int, set[Lease]] = {}
         self._now = now
 
@@ -149,7 +150,12 @@ class CallLimits:
                 )
         lease = Lease(self._places, key_id, self._now() + self._lease_s)
         item = self._items[plan]
-        if not self._window.hit(item, str(key_id)):
+        try:
+            admitted = self._window.hit(item, str(key_id))
+        except BaseException:
+            lease.release()
+            raise
+        if not admitted:
             lease.release()
             reset = self._window.get_window_stats(item, str(key_id)).reset_time
             wait_s = max(1, int(reset - self._now()) + 1)
@@ -179,12 +185,3 @@ class CallLimits:
         now = self._now()
         for lease in [lease for lease in self._places.get(key_id, ()) if lease.deadline < now]:
             lease.release()
-
-
-def _storage(uri: str, now: Callable[[], float]) -> Storage:
-    return ExactMemoryStorage(uri, now=now) if uri.startswith("exact-memory://") else storage_from_string(uri)
-
-
-def storage_uri(limits_url: str) -> str:
-    """The limits library's address of the storage behind a setting."""
-    return "exact-memory://" if limits_url.startswith("memory://") else limits_url

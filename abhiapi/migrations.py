@@ -8,6 +8,7 @@ was there.
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
@@ -46,6 +47,8 @@ def migrate(database: Database, *, steps: Sequence[Step] = STEPS, schema: str | 
     is_new = not database.exists()
     if is_new:
         _make_room(database.path, has_log)
+    if is_new:
+        _make_private(database.path)
     try:
         connection = database.connect(busy_timeout_s=CLI_PATIENCE_S, create=is_new)
     except DatabaseUnavailable as error:
@@ -70,6 +73,14 @@ def migrate(database: Database, *, steps: Sequence[Step] = STEPS, schema: str | 
         raise translated(error) from error
     finally:
         connection.close()
+
+
+def _make_private(path: Path) -> None:
+    """An empty file that only its owner may read; SQLite gives the files beside it the same mode."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError as error:
+        raise SchemaError(f"cannot create {path}: {error.strerror}") from error
 
 
 def _make_room(path: Path, has_log: bool) -> None:

@@ -26,7 +26,7 @@ _END = (
     .where(_p.process_id == bindparam("process"), _p.ended_at.is_(None))
     .values(ended_at=bindparam("now"))
 )
-_RUNNING = select(_p.process_id).where(_p.ended_at.is_(None))
+_RUNNING = select(_p.process_id, _p.pid).where(_p.ended_at.is_(None))
 
 
 class ProcessLock:
@@ -46,6 +46,19 @@ class ProcessLock:
     def take_place(self, process_id: int) -> None:
         """Be found under the number that the database gave."""
         self._path = self._path.rename(lock_path(self._database_path, process_id))
+
+    def keep(self) -> None:
+        """Lock a new file where somebody has removed ours: without one this process would be taken for dead."""
+        try:
+            there = os.stat(self._path)
+            if os.path.samestat(there, os.fstat(self._file.fileno())):
+                return
+        except FileNotFoundError:
+            pass
+        replaced = ProcessLock(self._database_path)
+        replaced._path = replaced._path.rename(self._path)
+        self._file.close()
+        self._file = replaced._file
 
     def release(self) -> None:
         self._path.unlink(missing_ok=True)
@@ -70,20 +83,33 @@ def end(tx: Tx, process_id: int, *, now_ms: int) -> None:
     tx.run(_END, process=process_id, now=now_ms)
 
 
-def running(tx: Tx) -> list[int]:
-    """Processes that were not seen to end: they live, or were killed."""
-    return [row[0] for row in tx.all(_RUNNING)]
+def running(tx: Tx) -> list[tuple[int, int]]:
+    """Processes that were not seen to end, as (number, pid): they live, or were killed."""
+    return [(row[0], row[1]) for row in tx.all(_RUNNING)]
 
 
-def reap(database_path: Path, process_id: int) -> bool:
-    """Whether a process is dead: nobody holds its lock. What it left on disk is removed."""
+def reap(database_path: Path, process_id: int, pid: int) -> bool:
+    """Whether a process is dead: nobody holds its lock. What it left on disk is removed.
+
+    Where its file is missing, which no killed process leaves behind, it counts as dead only if no process has its pid.
+    """
     path = lock_path(database_path, process_id)
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)
     except FileNotFoundError:
-        return True
+        return not _has_process(pid)
     except BlockingIOError:
         return False
+    return True
+
+
+def _has_process(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
     return True

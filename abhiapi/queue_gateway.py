@@ -34,6 +34,7 @@ from abhiapi.jobs import Job
 from abhiapi.metering import Verdict
 from abhiapi.money import Micros
 from abhiapi.runtime import Runtime
+from abhiapi.settings import SLOW_CALLER_S
 from abhiapi.settlement import Seen
 
 log = logging.getLogger("abhiapi")
@@ -44,7 +45,6 @@ STREAM_MAX_S = 86_400  # how long a status stream may be silent, all in all: a j
 EVENT_BYTES_MAX = 16 * 1024 * 1024  # one line of a status stream
 
 _SUBMITTING = frozenset(("POST", "GET", "PUT", "PATCH", "DELETE"))  # HEAD and OPTIONS would hold for nothing
-_UNKNOWN_SUBMIT = Verdict("unknown", reason="submit_outcome_unknown")
 
 
 def run(rt: Runtime, request: Request) -> Reply:
@@ -109,11 +109,11 @@ def _submit(
         # Where fal may have taken the job, its hold stands: nobody knows the id by which it could be settled.
         if not call.is_ending:
             is_open = error.may_have_cost
-            admission.settle(rt, call, _UNKNOWN_SUBMIT if is_open else metering.released(error.type))
+            admission.settle(rt, call, metering.SUBMIT_UNKNOWN if is_open else metering.released(error.type))
         raise
     except BaseException:
         if not call.is_ending:
-            admission.settle(rt, call, _UNKNOWN_SUBMIT)
+            admission.settle(rt, call, metering.SUBMIT_UNKNOWN)
         raise
 
 
@@ -147,18 +147,21 @@ def _remember(rt: Runtime, call: Call, request_id: str, http_status: int) -> Mic
         return Micros(jobs.outcome(tx, call.open.call_id)[1])
 
     try:
-        return rt.write(remember, patience_s=settlement.SETTLE_PATIENCE_S)
+        balance = rt.write(remember, patience_s=settlement.SETTLE_PATIENCE_S)
     except DatabaseUnavailable as error:
-        rt.settle_later(remember)
+        rt.settle_later(remember, call.open.call_id)
         raise ChargeNotRecorded(
             "fal accepted the job, and that could not be written down yet. It is settled by itself later"
         ) from error
     except calls.CallEnded:
+        rt.working_on.discard(call.open.call_id)
         raise  # the operator was faster with a word on the hold
     except Refused as error:
         log.error("%s: %s", call_text(call.open.call_id), error.message)
         admission.settle(rt, call, Verdict("unknown", reason="job_id_taken"))
         raise UpstreamBroken("fal's answer to the submit names another job") from error
+    rt.working_on.discard(call.open.call_id)  # from now on the reconciler of any process ends it
+    return balance
 
 
 # --- everything about a job -------------------------------------------------------------------------------------
@@ -333,7 +336,7 @@ class ResultBody:
 
     def _iterate(self) -> Generator[bytes]:
         splicer = jsonbytes.Splicer() if self.is_json else None
-        give_up = monotonic() + admission.SLOW_CALLER_S
+        give_up = monotonic() + SLOW_CALLER_S
         while piece := (self._read.pop(0) if self._read else b"" if self._ended else self._read1()):
             ready = splicer.feed(piece) if splicer else piece
             if ready:

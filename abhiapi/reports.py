@@ -78,7 +78,11 @@ _NEWEST_ENTRIES = (
 )
 _ONE_ENTRY = select(*_ENTRY_COLUMNS).where(_e.account_id == bindparam("account"), _e.seq == bindparam("number"))
 _CHARGE_OF = select(*_ENTRY_COLUMNS).where(_e.call_id == bindparam("call"), _e.kind == literal_column("'charge'"))
-_KEEPER = select(_c.process_id, _c.deadline_at).where(_c.call_id == bindparam("call"))
+_KEEPER = (
+    select(_c.process_id, tables.processes.c.pid, _c.deadline_at)
+    .join_from(tables.calls, tables.processes, _c.process_id == tables.processes.c.process_id)
+    .where(_c.call_id == bindparam("call"))
+)
 _ALL_ENTRIES = (
     select(*_ENTRY_COLUMNS, _a.name)
     .join_from(tables.entries, tables.accounts, _e.account_id == _a.account_id)
@@ -167,12 +171,12 @@ def charge_of(tx: Tx, call_id: int) -> EntryRow | None:
     return EntryRow(*row) if row else None
 
 
-def keeper(tx: Tx, call_id: int) -> tuple[int, int]:
-    """The process that works on a call, and the call's deadline. The call must exist."""
+def keeper(tx: Tx, call_id: int) -> tuple[int, int, int]:
+    """The process that works on a call, its pid, and the call's deadline. The call must exist."""
     row = tx.one(_KEEPER, call=call_id)
     if row is None:
         raise AssertionError(f"call {call_id} is gone")
-    return row[0], row[1]
+    return row[0], row[1], row[2]
 
 
 def all_entries(tx: Tx) -> Iterator[tuple[EntryRow, str]]:

@@ -14,9 +14,9 @@ import gevent
 from abhiapi import keys, prices, pricing, processes
 from abhiapi.committer import GroupCommitter, Reader, in_thread
 from abhiapi.db import Database, Tx
-from abhiapi.errors import AbhiError, SettingsError
+from abhiapi.errors import SettingsError
 from abhiapi.fal import Fal
-from abhiapi.ids import CallIds, NowMs
+from abhiapi.ids import CallIds, NowMs, call_text
 from abhiapi.limits import CallLimits
 from abhiapi.metrics import Metrics
 from abhiapi.migrations import open_database
@@ -59,19 +59,21 @@ class Runtime:
     _catalogue: pricing.Catalogue | None = None
     _catalogue_version: int = -1
     price_ids: dict[tuple[str, ...], int] = field(default_factory=dict)
+    working_on: set[int] = field(default_factory=set)  # calls that this process will end: no sweep touches them
 
     def write(self, op: Callable[[Tx], T], *, patience_s: float = HOLD_PATIENCE_S) -> T:
         """A durable write, in a transaction shared with other greenlets'."""
         return self.writer.write(op, patience_s=patience_s)
 
-    def settle_later(self, op: Callable[[Tx], object]) -> None:
+    def settle_later(self, op: Callable[[Tx], object], call_id: int) -> None:
         """Go on trying to write the end of a call whose answer was withheld. Its hold stands until then."""
 
         def settle() -> None:
             try:
                 self.write(op, patience_s=SETTLE_LATER_S)
-            except AbhiError as error:
-                log.error("a parked charge was not written: %s", error.message)
+            except Exception:  # the last to hear of it: without this line the charge would vanish in silence
+                log.exception("the parked charge of %s was not written", call_text(call_id))
+            self.working_on.discard(call_id)
 
         gevent.spawn(settle)
 

@@ -15,7 +15,7 @@ from abhiapi.db import Tx
 from abhiapi.errors import BadRequest, Refused, SettingsError
 from abhiapi.migrations import open_database
 from abhiapi.money import Micros
-from abhiapi.settings import Settings
+from abhiapi.settings import Settings, default_database_url, environment
 
 CONNECTIONS = 4000
 FILES_PER_CALL = 2  # one connection to the caller, one to fal
@@ -81,6 +81,13 @@ def make_importable() -> None:
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if root not in paths:
         os.environ["PYTHONPATH"] = os.pathsep.join([root, *paths])
+
+
+def sandbox_database() -> dict[str, str]:
+    """The environment that keeps play money apart: a ledger of its own, unless one was named (decisions/0008)."""
+    if environment().get("ABHIAPI_DATABASE_URL"):
+        return {}
+    return {"ABHIAPI_DATABASE_URL": default_database_url().replace("abhiapi.db", "sandbox.db")}
 
 
 def start_simulator() -> dict[str, str]:

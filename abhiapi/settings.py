@@ -21,6 +21,10 @@ from sqlalchemy.exc import ArgumentError
 
 from abhiapi.errors import SettingsError
 
+SLOW_CALLER_S = 600  # how much longer than fal a caller may take to read a large answer before it is cut off
+STALL_S = 60  # a caller that neither sends nor takes anything for this long has hung up
+UPLOAD_S = 900  # how long a caller may take to send a request's body
+
 
 @dataclass(frozen=True, slots=True)
 class Variable:
@@ -88,14 +92,18 @@ def _database_url(value: str) -> str:
         url = make_url(value)
     except ArgumentError as error:
         raise ValueError("is not a database URL such as sqlite:////var/lib/abhiapi/abhiapi.db") from error
-    if url.get_backend_name() not in ("sqlite", "postgresql"):
-        raise ValueError("must be a sqlite or postgresql URL")
+    if url.get_backend_name() == "postgresql":
+        raise ValueError("names PostgreSQL, which this release does not support yet: use sqlite:////absolute/path.db")
+    if url.get_backend_name() != "sqlite":
+        raise ValueError("must be a URL such as sqlite:////absolute/path.db")
     return value
 
 
 def _limits_url(value: str) -> str:
-    if not re.match(r"(memory|redis|rediss|redis\+cluster|redis\+sentinel|redis\+unix)://", value):
-        raise ValueError("must be memory:// or a redis:// URL")
+    if value.startswith("redis"):
+        raise ValueError("names Redis, which this release does not support yet: use memory://")
+    if not value.startswith("memory://"):
+        raise ValueError("must be memory://")
     return value
 
 
@@ -162,13 +170,16 @@ class Settings:
         secret=True,
     )
 
+    @property
+    def longest_call_s(self) -> int:
+        """By when after its admission any call is over: fal's answer, a slow caller, and fal's rest after a hang-up."""
+        return 2 * self.upstream_timeout_s + SLOW_CALLER_S + STALL_S + 60
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
         """The settings of an environment (default: this process's, and ``.env``). Raises `SettingsError`."""
         if environ is None:
-            dotenv = Path.cwd() / ".env"
-            from_file = dotenv_values(dotenv) if dotenv.is_file() else {}
-            environ = {name: value for name, value in from_file.items() if value is not None} | dict(os.environ)
+            environ = environment()
         values: dict[str, Any] = {}
         problems: list[str] = []
         for item in fields(cls):
@@ -182,6 +193,13 @@ class Settings:
         if problems:
             raise SettingsError(problems)
         return cls(**values)
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, with a ``.env`` file of the working folder filling in what it leaves out."""
+    dotenv = Path.cwd() / ".env"
+    from_file = dotenv_values(dotenv) if dotenv.is_file() else {}
+    return {name: value for name, value in from_file.items() if value is not None} | dict(os.environ)
 
 
 def variables() -> list[Variable]:

@@ -16,7 +16,14 @@ import gevent
 from abhiapi import admission, calls, jobs, jsonbytes, metering, queuewire, wire
 from abhiapi.admission import Outcome
 from abhiapi.db import Tx
-from abhiapi.errors import UpstreamBroken, UpstreamError, UpstreamRefused, UpstreamUnreachable
+from abhiapi.errors import (
+    AbhiError,
+    DatabaseUnavailable,
+    UpstreamBroken,
+    UpstreamError,
+    UpstreamRefused,
+    UpstreamUnreachable,
+)
 from abhiapi.estimates import Estimate
 from abhiapi.fal import FalReply
 from abhiapi.ids import call_text
@@ -227,17 +234,24 @@ def _end(rt: Runtime, job: Job, verdict: Verdict, *, http_status: int | None) ->
     """End the hold, unless somebody was faster; what the job cost either way. Raises `DatabaseUnavailable`."""
     now = rt.now_ms()
 
-    def finish(tx: Tx) -> tuple[bool, Outcome]:
+    def finish(tx: Tx, by: Verdict = verdict) -> tuple[bool, Outcome]:
         try:
-            calls.finish(tx, job.call, verdict, now_ms=now, http_status=http_status)
+            calls.finish(tx, job.call, by, now_ms=now, http_status=http_status)
         except calls.CallEnded:
             return False, Outcome(*jobs.outcome(tx, job.call.call_id))
         return True, Outcome(*jobs.outcome(tx, job.call.call_id))
 
-    was_first, outcome = rt.write(finish, patience_s=SETTLE_PATIENCE_S)
+    try:
+        was_first, outcome = rt.write(finish, patience_s=SETTLE_PATIENCE_S)
+    except DatabaseUnavailable:
+        raise
+    except AbhiError as error:  # the ledger refuses such a charge: the operator is asked
+        log.error("the charge of %s was refused by the ledger: %s", call_text(job.call.call_id), error.message)
+        verdict = Verdict("unknown", units=verdict.units, reason="charge_refused")
+        was_first, outcome = rt.write(lambda tx: finish(tx, verdict), patience_s=SETTLE_PATIENCE_S)
     rt.polls.asked.pop(job.call.call_id, None)
     if was_first:
-        admission.count(rt, job.call, verdict)
+        admission.count(rt, job.call, verdict, outcome)
         if verdict.end == "unknown":
             log.error("%s (%s): %s", call_text(job.call.call_id), job.call.model, verdict.reason)
     return outcome

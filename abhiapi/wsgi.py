@@ -26,6 +26,8 @@ def sweep_for_ever(rt: runtime.Runtime) -> None:
             sweep.run_once(rt)
         except AbhiError as error:  # the database's trouble: the next round tries again
             runtime.log.warning("the sweep will be tried again: %s", error.message)
+        except Exception:  # a bug, or trouble of the system's: without this line no hold would ever be swept again
+            runtime.log.exception("the sweep failed and will be tried again")
 
 
 def reconcile_for_ever(rt: runtime.Runtime) -> None:
@@ -36,6 +38,8 @@ def reconcile_for_ever(rt: runtime.Runtime) -> None:
             reconcile.run_once(rt)
         except AbhiError as error:
             runtime.log.warning("open jobs will be looked at again: %s", error.message)
+        except Exception:  # as above: without this line no job would ever be looked at again
+            runtime.log.exception("the round over the open jobs failed and will be tried again")
         gevent.sleep(max(ROUND_PAUSE_S, rt.settings.reconcile_interval_s - (monotonic() - started)))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,17 @@ import gevent
 import pytest
 import requests
 
-from abhiapi import calls, jobs, prices, processes, reconcile, runtime, settlement
+from abhiapi import calls, jobs, prices, processes, queue_gateway, reconcile, runtime, settlement, sweep
+from abhiapi.admission import Request
 from abhiapi.db import Database
+from abhiapi.errors import BadAmount
 from abhiapi.metering import Verdict
 from abhiapi.money import Micros
 from abhiapi.settings import Settings
 from tests.harness import OPERATOR_KEY, Books, Fal, Server, until
 from tests.test_queue import CAT, FLUX_MICROS, Jobs
+
+NO_PID = 2**22 + 1  # beyond what Linux gives
 
 
 def ended(books: Books, account: str, *, within_s: float = 20) -> Any:
@@ -261,6 +267,29 @@ def test_jobs_of_a_killed_server_are_settled_by_the_next(fal: Fal, tmp_path: Pat
         assert again.books.verify().problems == []
 
 
+def test_a_submit_under_way_when_the_server_was_killed_is_the_operators(fal: Fal, tmp_path: Path) -> None:
+    """fal may have accepted the job: its hold is not given back in silence, as a plain call's is."""
+    server = Server.start(tmp_path, fal.url)
+    prompt = "killed while submitting"
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            account, key = server.books.account(5000)
+            submit = Jobs(server, key).submit
+            lost = [
+                pool.submit(submit, body={**CAT, "prompt": prompt}, weather="delay_s=5"),
+                pool.submit(submit, "/fal-ai/flux/dev", body={**CAT, "prompt": prompt}, weather="delay_s=5"),
+            ]
+            until(lambda: len(fal.calls(prompt)) == 2, what="both are at fal")
+        finally:
+            server.process.kill()
+        assert all(isinstance(answer.exception(), requests.RequestException) for answer in lost)
+    with Server.started(tmp_path, fal.url) as again:
+        ends = {call.mode: (call.state, call.reason) for call in again.books.calls(account)}
+        assert ends == {"queue": ("unknown", "submit_outcome_unknown"), "sync": ("released", "process_died")}
+        assert again.books.standing(account) == (5_000_000, FLUX_MICROS)
+        assert again.books.verify().problems == []
+
+
 # --- in this process: the parts that race -----------------------------------------------------------------------
 
 
@@ -412,12 +441,84 @@ def test_one_id_is_one_call(rt: runtime.Runtime, fal: Fal, database: Database) -
 
 
 def test_a_sweep_leaves_jobs_to_the_reconciler(rt: runtime.Runtime, fal: Fal, database: Database) -> None:
-    from abhiapi import sweep
-
     books = Books(database)
     account, _ = placed(rt, fal, books, 1, weather="hold_until=swept")
-    other = books.write(lambda tx: processes.start(tx, pid=1, now_ms=rt.now_ms()))
+    other = books.write(lambda tx: processes.start(tx, pid=NO_PID, now_ms=rt.now_ms()))
     database.write(lambda tx: tx._connection.execute("UPDATE calls SET process_id = ?, deadline_at = 1", (other,)))  # type: ignore[func-returns-value]
     sweep.run_once(rt)
     assert books.calls(account)[0].state == "sent"
     fal.release("swept")
+
+
+@pytest.mark.parametrize("whose", ["dead", "overdue"])
+def test_a_sweep_gives_no_submit_back(rt: runtime.Runtime, database: Database, whose: str) -> None:
+    books = Books(database)
+    account, key = books.account(5000)
+    caller = rt.authenticate(key)
+    price = rt.catalogue().price_of("fal-ai/flux/dev")
+    dead = books.write(lambda tx: processes.start(tx, pid=NO_PID, now_ms=rt.now_ms()))
+    process_id, deadline_at = (dead, 2**60) if whose == "dead" else (rt.process_id, 1)
+    modes: tuple[calls.Mode, ...] = ("sync", "stream", "queue")
+    for mode in modes:
+        call = calls.OpenCall(
+            rt.call_ids.new(rt.now_ms()), caller.account_id, caller.key_id, price.model, Micros(FLUX_MICROS)
+        )
+
+        def write(tx: Any, call: calls.OpenCall = call, mode: calls.Mode = mode) -> None:
+            price_id = prices.version_of(tx, price, now_ms=1)
+            calls.admit(tx, calls.Admission(call, price_id, process_id, mode, deadline_at, rt.now_ms()))
+
+        books.write(write)
+    assert sweep.run_once(rt) == 3
+    assert sweep.run_once(rt) == 0
+    assert {call.mode: call.state for call in books.calls(account)} == {
+        "sync": "released",
+        "stream": "released",
+        "queue": "unknown",
+    }
+    assert books.standing(account) == (5_000_000, FLUX_MICROS)
+    assert books.verify().problems == []
+
+
+@pytest.mark.parametrize(
+    ("weather", "state"),
+    [("", "sent"), ("drop=before_headers", "unknown"), ("drop=in_body", "unknown")],
+)
+def test_this_process_lets_go_of_a_submit_once_its_outcome_is_written(
+    rt: runtime.Runtime, database: Database, weather: str, state: str
+) -> None:
+    books = Books(database)
+    account, key = books.account(5000)
+    headers = {"authorization": f"Key {key}", "content-type": "application/json"}
+    headers |= {"x-fal-sandbox": weather} if weather else {}
+    body = _Body(json.dumps(CAT).encode(), CAT)
+    queue_gateway.run(rt, Request("POST", "/queue/fal-ai/flux/dev", "", headers, lambda: body, "http://here"))
+    assert books.calls(account)[0].state == state
+    assert rt.working_on == set()
+
+
+def test_a_job_whose_charge_the_ledger_refuses_is_the_operators(
+    rt: runtime.Runtime, fal: Fal, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the reconciler would try it for ever."""
+    books = Books(database)
+    account, (job,) = placed(rt, fal, books, 1)
+    until(lambda: is_done(fal, job), what="fal is done")
+    finish = calls.finish
+
+    def refusing(tx: Any, call: calls.OpenCall, verdict: Verdict, **more: Any) -> Micros:
+        if verdict.end == "settled":
+            raise BadAmount("too much")
+        return finish(tx, call, verdict, **more)
+
+    monkeypatch.setattr(calls, "finish", refusing)
+    assert reconcile.run_once(rt).ended == 1
+    (call,) = books.calls(account)
+    assert (call.state, call.reason) == ("unknown", "charge_refused")
+    assert books.standing(account) == (5_000_000, FLUX_MICROS)
+
+
+@dataclass(frozen=True)
+class _Body:
+    content: bytes
+    call_input: Mapping[str, Any]

@@ -58,7 +58,7 @@ def test_every_bad_value_is_reported_together() -> None:
 
 
 def test_every_variable_can_be_bad() -> None:
-    """A new setting cannot be forgotten in the list above; limits of text are the only ones without one."""
+    """A new setting cannot be forgotten in the list above."""
     assert {variable.name for variable in variables()} == set(BAD)
 
 

@@ -122,7 +122,9 @@ def _check_nobody_serves(path: Path) -> None:
     for lock in path.parent.glob(f"{path.name}.*"):
         number = lock.name.removeprefix(f"{path.name}.process-")
         starting = lock.name.startswith(f"{path.name}.starting-")
-        if (number.isdecimal() and not processes.reap(path, int(number))) or (starting and _is_locked(lock)):
+        if (number.isdecimal() and not processes.reap(path, int(number), os.getpid())) or (
+            starting and _is_locked(lock)
+        ):
             raise Refused(f"a server is running on {path}: stop it first, then restore")
 
 

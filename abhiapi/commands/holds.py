@@ -133,8 +133,8 @@ def _finish(tx: Tx, call: OpenCall, row: CallRow, charge_micros: Micros | None, 
 
 def _check_abandoned(tx: Tx, database: Database, row: CallRow, now_ms: int) -> None:
     """Refuse to end a call under the hands of the process that serves it, whose own end of it would then be lost."""
-    process_id, deadline_at = library.reports.keeper(tx, row.call_id)
-    if row.state == "unknown" or now_ms > deadline_at or library.processes.reap(database.path, process_id):
+    process_id, pid, deadline_at = library.reports.keeper(tx, row.call_id)
+    if row.state == "unknown" or now_ms > deadline_at or library.processes.reap(database.path, process_id, pid):
         return
     raise Refused(
         f"{ids.call_text(row.call_id)} is still being served and ends by itself, at the latest by "

@@ -7,6 +7,8 @@ import sys
 
 import click
 
+from abhiapi.errors import BadRequest
+
 DEFAULT_BIND, DEFAULT_SANDBOX_BIND = "127.0.0.1:8000", "127.0.0.1:8001"
 
 
@@ -32,10 +34,13 @@ def serve(with_sandbox: bool, demo: bool, bind: str, workers: int) -> None:
 
     if demo and not with_sandbox:
         raise click.UsageError("--demo goes with --sandbox")
-    host, port = serving.parse_bind(bind)
+    host, port = _parse_bind(bind)
+    if not with_sandbox:
+        serving.checked_settings()  # what is wrong with them is said before anything about the port
     serving.check_port_free(host, port)
     serving.make_importable()
     if with_sandbox:
+        os.environ.update(serving.sandbox_database())
         os.environ.update(serving.start_simulator())
     settings = serving.checked_settings()
     serving.check_workers(settings, workers)
@@ -66,7 +71,7 @@ def sandbox(bind: str) -> None:
     from abhiapi.sandbox import create_sandbox
     from abhiapi.sandbox import server as sandbox_server
 
-    host, port = serving.parse_bind(bind)
+    host, port = _parse_bind(bind)
     serving.check_port_free(host, port)
     running = sandbox_server.serve(host, port, create_sandbox(shipped_rules()))
     click.echo(f"the simulator of fal is on http://{host}:{running.server_port}", err=True)
@@ -74,3 +79,12 @@ def sandbox(bind: str) -> None:
         running.serve_forever()
     except KeyboardInterrupt:
         running.stop(timeout=1)
+
+
+def _parse_bind(text: str) -> tuple[str, int]:
+    from abhiapi import serving
+
+    try:
+        return serving.parse_bind(text)
+    except BadRequest as error:
+        raise click.BadParameter(error.message, param_hint="--bind") from error

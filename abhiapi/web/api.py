@@ -156,7 +156,7 @@ def estimate() -> Response:
     unknown = set(wanted) - {"model", "input"}
     if unknown:
         raise BadRequest(f"unknown fields: {', '.join(sorted(unknown))}")
-    price = runtime().catalogue().price_of(wanted["model"].strip("/"))
+    price = runtime().catalogue().price_of(wanted["model"].strip("/").removesuffix("/stream"))
     ceiling = pricing.ceiling(price, call_input)
     return jsonify({"model": price.model, "credits": credits(ceiling.amount_micros), "basis": ceiling.basis})
 

@@ -11,20 +11,23 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import responses
+from time import monotonic
 from typing import IO, Any
 from urllib.parse import parse_qsl, quote
 
-from abhiapi import jsonbytes, wire
+import gevent
+
+from abhiapi import admission, jsonbytes, wire
 from abhiapi.admission import Reply, ReplyBody, Request
-from abhiapi.errors import BodyIncomplete, BodyTooLarge, MalformedJson
+from abhiapi.errors import BodyIncomplete, BodyTooLarge, MalformedJson, StorageUnavailable
 from abhiapi.http_adapter import FileBody
-from abhiapi.runtime import Runtime
+from abhiapi.runtime import Runtime, log
+from abhiapi.settings import STALL_S, UPLOAD_S
 
 IN_MEMORY_BYTES = 256 * 1024  # larger request bodies lie in a temporary file while they wait for fal
 READ_BYTES = 64 * 1024
 _JSON_NAMES = {list: "an array", str: "a string", bool: "true or false", type(None): "null"}
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}(:\d{1,5})?|\[[0-9A-Fa-f:.]{2,45}\](:\d{1,5})?")
-STALL_S = 60  # a caller that neither sends nor takes anything for this long has hung up
 
 Environ = dict[str, Any]
 StartResponse = Callable[..., Any]
@@ -38,8 +41,14 @@ def serve(rt: Runtime, environ: Environ, start_response: StartResponse, run: Run
     sock = environ.get("gunicorn.socket")
     if sock is not None:
         sock.settimeout(STALL_S)
-    with _Files() as files:
-        reply = run(rt, _request(rt, environ, files))
+    try:
+        with _Files() as files:
+            reply = run(rt, _request(rt, environ, files))
+    except Exception:  # a bug of ours; the gateway has ended the hold
+        log.exception("a call failed")
+        reply = admission.internal_error()
+    if environ["REQUEST_METHOD"] == "HEAD" and isinstance(reply.body, bytes):
+        reply.body = b""
     body = (reply.body,) if isinstance(reply.body, bytes) else _Closing(reply.body)
     try:
         start_response(f"{reply.status} {responses.get(reply.status, 'Unknown')}", reply.headers)
@@ -130,35 +139,50 @@ def _read_body(environ: Environ, most: int, content_type: str | None, query: str
     length = int(announced) if announced else None
     if length is not None and length > most:
         raise _too_large(most)
-    first = _read_up_to(environ["wsgi.input"], min(IN_MEMORY_BYTES, length if length is not None else IN_MEMORY_BYTES))
+    deadline = monotonic() + UPLOAD_S
+    wanted = IN_MEMORY_BYTES if length is None else min(IN_MEMORY_BYTES, length)
+    first = _read_up_to(environ["wsgi.input"], wanted, deadline)
     ended = len(first) == length if length is not None else len(first) < IN_MEMORY_BYTES
     if ended:
         return _Body(first or None, _input_of(first, content_type, query))
     if len(first) < IN_MEMORY_BYTES:
         raise BodyIncomplete("the request's body ended before its announced length: nothing was forwarded")
-    return _spool(environ["wsgi.input"], first, length, most, content_type, files)
+    return _spool(environ["wsgi.input"], first, length, most, content_type, files, deadline)
 
 
 def _spool(
-    stream: IO[bytes], first: bytes, length: int | None, most: int, content_type: str | None, files: _Files
+    stream: IO[bytes],
+    first: bytes,
+    length: int | None,
+    most: int,
+    content_type: str | None,
+    files: _Files,
+    deadline: float,
 ) -> _Body:
     """A large body, put into a file as it comes, and read without its long texts on the way."""
-    file = files.new()
     shrinker = jsonbytes.Shrinker()
     problem: ValueError | None = None
     size, piece = 0, first
-    while piece:
-        size += len(piece)
-        if size > most:
-            raise _too_large(most)
-        file.write(piece)
-        try:
-            if problem is None:
-                shrinker.feed(piece)
-        except ValueError as error:
-            problem = error
-        remaining = READ_BYTES if length is None else min(READ_BYTES, length - size)
-        piece = _read_up_to(stream, remaining) if remaining else b""
+    try:
+        file = files.new()
+        while piece:
+            size += len(piece)
+            if size > most:
+                raise _too_large(most)
+            file.write(piece)
+            try:
+                if problem is None:
+                    shrinker.feed(piece)
+            except ValueError as error:
+                problem = error
+            gevent.sleep(0)  # a fast sender would otherwise keep everybody else waiting
+            remaining = READ_BYTES if length is None else min(READ_BYTES, length - size)
+            piece = _read_up_to(stream, remaining, deadline) if remaining else b""
+        file.flush()
+    except OSError as error:
+        raise StorageUnavailable(
+            "there is no room for the request's body just now: nothing was forwarded", retry_after_s=30
+        ) from error
     if length is not None and size != length:
         raise BodyIncomplete("the request's body ended before its announced length: nothing was forwarded")
     try:
@@ -201,8 +225,8 @@ def _pairs(query: str) -> Iterator[tuple[str, str]]:
         return
 
 
-def _read_up_to(stream: IO[bytes], amount: int) -> bytes:
-    """Read ``amount`` bytes or to the end, however small the pieces they come in."""
+def _read_up_to(stream: IO[bytes], amount: int, deadline: float) -> bytes:
+    """Read ``amount`` bytes or to the end, however small the pieces they come in. Raises `BodyIncomplete`."""
     pieces = []
     while amount > 0:
         try:
@@ -213,6 +237,8 @@ def _read_up_to(stream: IO[bytes], amount: int) -> bytes:
             break
         pieces.append(piece)
         amount -= len(piece)
+        if monotonic() > deadline:
+            raise BodyIncomplete(f"the request's body took longer than {UPLOAD_S} s: nothing was forwarded")
     return b"".join(pieces)
 
 

@@ -1,0 +1,200 @@
+"""Storage: durable transactions, troubles told apart from bugs, a file that is never made by accident."""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+import stat
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.sql import Executable
+
+from abhiapi import accounts, audit, calls, keys, ledger, prices, processes, reports
+from abhiapi.db import Busy, Database, Tx, assert_no_transaction
+from abhiapi.errors import DatabaseUnavailable, Refused
+from tests.harness import Clock
+from tests.rows import Customer
+
+FULL = 2
+NAMES = text("SELECT name FROM accounts ORDER BY name")
+
+
+def names(database: Database) -> list[str]:
+    return [row[0] for row in database.read(lambda tx: tx.all(NAMES))]
+
+
+def create(name: str) -> Any:
+    return lambda tx: accounts.create(tx, name, now_ms=1).account_id
+
+
+def test_every_connection_is_durable_and_keeps_references(database: Database) -> None:
+    with closing(database.connect()) as connection:
+        asked = ("synchronous", "foreign_keys", "journal_mode", "busy_timeout")
+        told = {name: connection.execute(f"PRAGMA {name}").fetchone()[0] for name in asked}
+    assert told == {"synchronous": FULL, "foreign_keys": 1, "journal_mode": "wal", "busy_timeout": 0}
+
+
+def test_a_write_is_undone_as_a_whole_when_its_operation_fails(database: Database) -> None:
+    def half(tx: Tx) -> None:
+        accounts.create(tx, "half", now_ms=1)
+        raise Refused("changed my mind")
+
+    with pytest.raises(Refused):
+        database.write(half)
+    assert names(database) == []
+    assert database.write(create("ann")) == 1
+
+
+def test_a_broken_constraint_or_statement_is_a_bug_and_keeps_its_name(database: Database) -> None:
+    database.write(create("ann"))
+    with pytest.raises(sqlite3.IntegrityError):
+        database.write(lambda tx: tx.run(text("UPDATE accounts SET held_micros = -1")))
+    with pytest.raises(KeyError):
+        database.write(lambda tx: tx.run(text("UPDATE accounts SET held_micros = :amount")))
+
+
+def test_a_reader_sees_one_moment_whatever_others_write(database: Database) -> None:
+    def read(tx: Tx) -> tuple[int, int]:
+        before = len(tx.all(NAMES))
+        writing = threading.Thread(target=database.write, args=(create("late"),))
+        writing.start()
+        writing.join(20)
+        return before, len(tx.all(NAMES))
+
+    assert database.read(read) == (0, 0)
+    assert names(database) == ["late"]
+
+
+def test_whoever_waits_too_long_for_a_turn_is_told_so(database: Database) -> None:
+    with closing(sqlite3.connect(database.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(Busy) as trouble:
+            database.write(create("ann"), patience_s=0)
+        assert names(database) == []  # reading goes on
+        other.execute("ROLLBACK")
+    assert (trouble.value.status, trouble.value.retry_after_s) == (503, 2)
+    database.write(create("ann"), patience_s=0)
+
+
+def test_the_network_is_forbidden_inside_and_allowed_after(database: Database) -> None:
+    def network(tx: Tx) -> None:
+        assert_no_transaction()
+
+    for run in (database.write, database.read):
+        with pytest.raises(AssertionError, match="inside a database transaction"):
+            run(network)
+        assert_no_transaction()
+
+
+def test_a_missing_file_is_trouble_and_is_not_made(tmp_path: Path) -> None:
+    missing = Database(f"sqlite:///{tmp_path / 'not here.db'}")
+    for use in (lambda: missing.write(create("ann")), lambda: missing.read(lambda tx: tx.all(NAMES))):
+        with pytest.raises(DatabaseUnavailable, match="unable to open"):
+            use()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_commits_that_are_only_in_the_log_survive_a_file_that_is_moved_and_used_meanwhile(database: Database) -> None:
+    """An empty database made in the place of the lost one would make SQLite remove the log, and every commit in it."""
+    with closing(database.connect()) as server:  # its open connection keeps the log from being folded in
+        database.write(create("ann"))
+        aside = database.path.with_name("aside.db")
+        database.path.rename(aside)
+        for use in (lambda: database.write(create("lost")), lambda: database.read(lambda tx: tx.all(NAMES))):
+            with pytest.raises(DatabaseUnavailable):
+                use()
+        server.close()
+        aside.rename(database.path)
+    assert names(database) == ["ann"]
+
+
+def test_a_file_that_cannot_be_written_still_reads(database: Database) -> None:
+    database.write(create("ann"))
+    os.chmod(database.path, stat.S_IRUSR)
+    if os.access(database.path, os.W_OK):  # whoever may do anything is not kept out by a mode
+        uri = f"{database.path.as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
+            tx = database.tx(connection)
+            with pytest.raises(sqlite3.OperationalError, match="readonly"):
+                create("bob")(tx)
+            assert [row[0] for row in tx.all(NAMES)] == ["ann"]
+        return
+    with pytest.raises(DatabaseUnavailable, match="readonly"):
+        database.write(create("bob"))
+    assert names(database) == ["ann"]
+
+
+def test_a_damaged_file_is_trouble_and_no_bug(database: Database) -> None:
+    database.write(create("ann"))
+    with database.path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (database.path.stat().st_size - 4096))
+    with pytest.raises(DatabaseUnavailable, match="cannot be used"):
+        names(database)
+
+
+def test_odd_paths_are_paths(tmp_path: Path) -> None:
+    folder = tmp_path / "a b?c#d%20é"
+    folder.mkdir()
+    from abhiapi.migrations import migrate
+
+    database = Database("sqlite:///" + str(folder / "x.db").replace("%", "%25").replace("?", "%3F"))
+    database.path = folder / "x.db"  # whatever a URL may say: what counts is that SQLite opens this very file
+    migrate(database)
+    database.write(create("ann"))
+    assert names(database) == ["ann"]
+    assert (folder / "x.db").exists()
+
+
+def _shipped() -> Iterator[tuple[str, Executable]]:
+    """Every statement that a request or a report may run."""
+    for module in (accounts, calls, keys, ledger, prices, processes, reports):
+        for name, value in vars(module).items():
+            if isinstance(value, Executable):
+                yield f"{module.__name__}.{name}", value
+            elif isinstance(value, Mapping):
+                for key, one in value.items():
+                    if isinstance(one, Executable):
+                        yield f"{module.__name__}.{name}[{key}]", one
+
+
+# `ledger export` and `ledger verify` read every entry, which is what they are for.
+READS_ALL = {"abhiapi.reports._ALL_ENTRIES"}
+STATEMENTS = dict(_shipped())
+
+
+@pytest.mark.parametrize("name", sorted(STATEMENTS.keys() - READS_ALL))
+def test_no_statement_reads_all_calls_or_entries(database: Database, name: str) -> None:
+    """What answers a request or a report costs the same at ten million rows as at ten."""
+    from sqlalchemy.dialects import sqlite
+
+    sql = str(STATEMENTS[name].compile(dialect=sqlite.dialect()))  # type: ignore[attr-defined]
+    with closing(database.connect()) as connection:
+        plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", [None] * sql.count("?"))]
+    # A partial index (calls_open) holds nothing but what is asked for; scanning it is no scan of the table.
+    scans = [step for step in plan if re.match(r"SCAN (calls|entries)\b(?!.*INDEX calls_open)", step)]
+    assert scans == []
+
+
+def test_the_statements_were_found() -> None:
+    assert len(STATEMENTS) > 40
+    assert STATEMENTS.keys() >= READS_ALL
+
+
+def test_verify_reads_in_bounded_steps(database: Database, clock: Clock) -> None:
+    """Even the great recount uses indexes where it looks things up: no step scans one table per row of another."""
+    Customer.new(database, clock).settle()
+    sources = [value for name, value in vars(audit).items() if isinstance(value, Executable) and name != "text"]
+    assert len(sources) > 5
+    with closing(database.connect()) as connection:
+        for source in sources:
+            plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {source}")]
+            assert sum(step.startswith("SCAN") and "CONSTANT" not in step for step in plan) <= 4, plan
+            assert not any("AUTOMATIC" in step for step in plan), plan
