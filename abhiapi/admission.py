@@ -196,6 +196,9 @@ def settle(
         unknown = Verdict("unknown", units=verdict.units, reason="charge_refused")
         outcome = rt.write(lambda tx: finish(tx, unknown), patience_s=SETTLE_PATIENCE_S)
         log.error("the charge of %s was refused by the ledger: %s", call_text(call.open.call_id), error.message)
+    except BaseException:  # a bug: whatever the row says, the sweep may end it in time
+        rt.working_on.discard(call.open.call_id)
+        raise
     rt.working_on.discard(call.open.call_id)
     count(rt, call.open, verdict, outcome)
     rt.metrics.fal_seconds.observe(monotonic() - call.started)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from sqlalchemy import text
 
@@ -58,6 +59,8 @@ _REFUNDS = text(
     " JOIN calls c ON c.call_id = e.call_id WHERE e.kind = 'refund' GROUP BY e.call_id"
     " HAVING SUM(e.amount_micros) <> MAX(c.refunded_micros)"
 )
+# Whoever removes an account or a call takes its entries out of every sum above; what points at it still tells.
+_DANGLING = text('SELECT "table", parent, COUNT(*) FROM pragma_foreign_key_check GROUP BY "table", parent')
 _REFUNDED_WITHOUT_ENTRY = text(
     "SELECT call_id, refunded_micros, 0 FROM calls WHERE refunded_micros > 0 AND call_id NOT IN"
     " (SELECT call_id FROM entries WHERE kind = 'refund')"
@@ -87,7 +90,10 @@ def verify(tx: Tx, *, progress: Callable[[int], None] = lambda entries: None) ->
             break
     accounts = list(tx.each(_ACCOUNTS))
     problems.extend(_account_problems(accounts, chain, dict(tx.all(_HELD))))
-    problems.extend(_call_problems(tx))
+    problems.extend(islice(_call_problems(tx), PROBLEMS_MAX))
+    problems.extend(
+        f"{rows} rows of {table} name rows of {parent} that are gone" for table, parent, rows in tx.each(_DANGLING)
+    )
     return Finding(len(accounts), count, problems[:PROBLEMS_MAX])
 
 
@@ -142,7 +148,9 @@ def _account_problems(accounts: list[tuple[object, ...]], chain: _Chain, held: d
         total, seq, end = chain.ends.get(account_id, (0, 0, b""))  # type: ignore[call-overload]
         if balance != total:
             yield f"account {name!r}: balance {credits_text(int(str(balance)))}, sum of entries {credits_text(total)}"
-        if (last_seq, last_hash) != (seq, end):
+        if last_seq == seq and last_hash != end:
+            yield f"account {name!r}: its head does not match the hash of entry {seq}"
+        if last_seq != seq:
             yield f"account {name!r}: its chain ends at entry {seq}, its head says {last_seq}"
         open_holds = held.get(account_id, 0)  # type: ignore[call-overload]
         if held_micros != open_holds:

@@ -72,7 +72,7 @@ def _answer(rt: Runtime, call: Call, reply: FalReply) -> Reply:
     body = MeteredBody(rt, call, reply)
     try:
         whole = body.read_whole(WHOLE_BYTES_MAX)
-        if whole is None:
+        if whole is None and not body.is_event_stream:
             body.read_first()  # an answer that is cut before its first byte still gets a proper error
     except UpstreamError as error:
         reply.close()
@@ -208,6 +208,8 @@ class MeteredBody:
         splicer = jsonbytes.Splicer() if self.is_json else None
         give_up = self._call.started + self._rt.settings.upstream_timeout_s + SLOW_CALLER_S
         last = b""
+        if self.is_event_stream:
+            yield b""  # the head leaves now: the first event may be long in coming
         while piece := self._next_piece():
             if splicer:
                 ready = splicer.feed(piece)

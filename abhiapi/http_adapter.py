@@ -1,8 +1,8 @@
 """A lean `requests` adapter for one kind of neighbour: HTTP/1.1 over pooled, verified connections, under gevent.
 
 Sole owner of sockets to fal. It exists because `requests`' own adapter costs four times as much CPU per call and may
-send a request twice. Parsing is geventhttpclient's (llhttp in C); connections, timeouts and the decision whether
-anything was sent are ours, because that decision is about money:
+send a request twice. Parsing is `http_parser`'s; connections, timeouts and the decision whether anything was sent are
+ours, because that decision is about money:
 
 - `UpstreamUnreachable`: no connection, or the kernel took not one byte of the request. fal cannot have started.
 - `UpstreamBroken`, `UpstreamTimeout`: something was sent and no whole answer came. fal may have started.
@@ -21,21 +21,20 @@ import certifi
 import gevent
 import gevent.socket
 import gevent.ssl
-from geventhttpclient.response import HTTPParseError, HTTPResponse
 from requests import PreparedRequest, Response
 from requests.adapters import BaseAdapter
 from requests.structures import CaseInsensitiveDict
 
 from abhiapi.errors import UpstreamBroken, UpstreamTimeout, UpstreamUnreachable
+from abhiapi.http_parser import HEAD_BYTES_MAX, Headers, HTTPParseError, Parser
 
 CONNECT_TIMEOUT_S = 10
 BLOCK_BYTES = 64 * 1024
-HEAD_BYTES_MAX = 64 * 1024  # fal limits all response headers together to 16 KB (fal-protocol 2.2)
 YIELD_AFTER = 4  # reads of an answer in a row before others get their turn
 IDLE_MAX_S = 15  # an older pooled connection is likely to be closed by fal while we send; a fresh one costs less
 IDLE_CONNECTIONS_MAX = 512  # per host
 
-Headers = list[tuple[str, str]]
+__all__ = ["BLOCK_BYTES", "Body", "FileBody", "Headers", "LeanAdapter", "Raw"]
 
 
 class Body(Protocol):
@@ -46,58 +45,10 @@ class Body(Protocol):
     def slices(self) -> Iterator[bytes]: ...
 
 
-class _Parser(HTTPResponse):
-    """An answer as it is parsed: keeps every header line, in order and spelling."""
-
-    def __init__(self, method: str) -> None:
-        super().__init__(method=method)
-        self.lines: Headers = []
-        self.dirty = False
-
-    def take(self) -> bytes:
-        taken = bytes(self._body_buffer)
-        self._body_buffer.clear()
-        return taken
-
-    def parse(self, data: bytes) -> None:
-        """Raises HTTPParseError for what HTTP does not allow. Bytes after a whole answer make the connection dirty."""
-        try:
-            self.feed(data)
-        except HTTPParseError:
-            if not self.is_whole:
-                raise
-            self.dirty = True
-
-    def head_bytes(self) -> int:
-        """The size of the head; while it is not complete, more than any may have."""
-        if not self.has_head:
-            return HEAD_BYTES_MAX + 1
-        return sum(len(name) + len(value) + 4 for name, value in self.lines)
-
-    @property
-    def is_whole(self) -> bool:
-        return self.message_complete and self.get_code() >= 200
-
-    @property
-    def has_head(self) -> bool:
-        return self.headers_complete and self.get_code() >= 200
-
-    def _on_message_begin(self) -> None:
-        if self.is_whole:
-            raise HTTPParseError("more than one answer")
-        self.lines.clear()
-        super()._on_message_begin()
-
-    def _flush_header(self) -> None:
-        if self._current_header_field is not None:
-            self.lines.append((self._current_header_field, self._current_header_value or ""))
-            self._current_header_field = self._current_header_value = None
-
-
 class Raw:
     """The body of an answer as it comes (`requests.Response.raw`); gives its connection back when it ends."""
 
-    def __init__(self, connection: _Connection, parser: _Parser, deadline: float) -> None:
+    def __init__(self, connection: _Connection, parser: Parser, deadline: float) -> None:
         self._connection: _Connection | None = connection
         self._parser = parser
         self._received = 0
@@ -199,7 +150,7 @@ class _Pool:
         self._context = context  # of TLS; None: plain
         self._idle: list[_Connection] = []
 
-    def get(self) -> tuple[_Connection, bool]:
+    def get(self, deadline: float) -> tuple[_Connection, bool]:
         """A connection and whether it was used before. Raises `UpstreamUnreachable`."""
         now = monotonic()
         while self._idle:
@@ -207,11 +158,12 @@ class _Pool:
             if connection.is_alive(now):
                 return connection, True
             connection.close()
-        return self.connect(), False
+        return self.connect(deadline), False
 
-    def connect(self) -> _Connection:
+    def connect(self, deadline: float) -> _Connection:
+        timeout_s = min(CONNECT_TIMEOUT_S, _remaining(deadline))  # of each step, the handshake of TLS included
         try:
-            sock = gevent.socket.create_connection((self._host, self._port), timeout=CONNECT_TIMEOUT_S)
+            sock = gevent.socket.create_connection((self._host, self._port), timeout=timeout_s)
         except OSError as error:
             raise UpstreamUnreachable("fal cannot be reached just now: nothing was charged") from error
         try:
@@ -278,49 +230,71 @@ class LeanAdapter(BaseAdapter):
             pool.close()
 
 
-def _exchange(pool: _Pool, method: str, head: bytes, body: Any, deadline: float) -> tuple[_Connection, _Parser]:
+def _exchange(pool: _Pool, method: str, head: bytes, body: Any, deadline: float) -> tuple[_Connection, Parser]:
     """Send and read the head of the answer, on a connection that is certainly asked only once."""
     first, rest = (head + body, None) if isinstance(body, bytes) else (head, body)
-    connection, used_before = pool.get()
+    connection, taken = _begin(pool, first, deadline)
+    parser = Parser(method)
     try:
-        taken = connection.send_first(first, deadline)
-    except OSError as error:
-        connection.close()
-        if not used_before:
-            raise UpstreamUnreachable("fal closed the connection at once: nothing was charged") from error
-        connection = pool.connect()  # the pooled one was dead and took not one byte
-        taken = _send_first_or_give_up(connection, first, deadline)
-    try:
-        _send_rest(connection, first, taken, rest, deadline)
-        return connection, _read_head(connection, _Parser(method), deadline)
+        if taken == len(first) and rest is None:
+            _read_head(connection, parser, deadline)
+        else:
+            _send_rest_and_read_head(connection, parser, _blocks(first, taken, rest), deadline)
     except BaseException:
         connection.close()
         raise
+    return connection, parser
 
 
-def _send_first_or_give_up(connection: _Connection, first: bytes, deadline: float) -> int:
+def _begin(pool: _Pool, first: bytes, deadline: float) -> tuple[_Connection, int]:
+    """A connection that took the first bytes, and how many. Raises `UpstreamUnreachable`."""
+    connection, used_before = pool.get(deadline)
+    while True:
+        try:
+            return connection, connection.send_first(first, deadline)
+        except OSError as error:
+            connection.close()
+            if not used_before:
+                raise UpstreamUnreachable("fal closed the connection at once: nothing was charged") from error
+        connection, used_before = pool.connect(deadline), False  # the pooled one was dead and took not one byte
+
+
+def _blocks(first: bytes, taken: int, rest: Body | None) -> Iterator[bytes | memoryview]:
+    if taken < len(first):
+        yield memoryview(first)[taken:]
+    if rest is not None:
+        yield from rest.slices()
+
+
+def _send_rest_and_read_head(
+    connection: _Connection, parser: Parser, blocks: Iterator[bytes | memoryview], deadline: float
+) -> None:
+    """Send while listening: fal may refuse a large request before it has all of it, and then read no further.
+
+    An error ends the sending (RFC 9112, 9.5); any other answer waits for the rest.
+    """
+    sender = gevent.spawn(_send_blocks, connection, blocks, deadline)
+    sender.link_exception(lambda _: connection.close())  # our own file cannot be read: nobody waits for an answer
     try:
-        return connection.send_first(first, deadline)
-    except OSError as error:
-        connection.close()
-        raise UpstreamUnreachable("fal closed the connection at once: nothing was charged") from error
+        _read_head(connection, parser, deadline)
+        if parser.get_code() < 400:
+            sender.join(_remaining(deadline))
+    finally:
+        parser.dirty |= sender.value is not True
+        sender.kill()
 
 
-def _send_rest(connection: _Connection, first: bytes, taken: int, body: Body | None, deadline: float) -> None:
-    """Send what the kernel has not taken yet. A server that stops listening may have answered early: then go on."""
-    try:
-        if taken < len(first):
-            connection.send(memoryview(first)[taken:], deadline)
-        if body is not None:
-            for block in body.slices():
-                connection.send(block, deadline)
-    except TimeoutError as error:
-        raise UpstreamTimeout("fal did not take the request in time") from error
-    except OSError:
-        return  # the answer, or its absence, is found out by reading
+def _send_blocks(connection: _Connection, blocks: Iterator[bytes | memoryview], deadline: float) -> bool:
+    """Whether all was sent. If not, the answer, or its absence, is found out by reading."""
+    for block in blocks:
+        try:
+            connection.send(block, deadline)
+        except OSError:
+            return False
+    return True
 
 
-def _read_head(connection: _Connection, parser: _Parser, deadline: float) -> _Parser:
+def _read_head(connection: _Connection, parser: Parser, deadline: float) -> None:
     received = 0
     while not parser.has_head:
         data = connection.receive(deadline, BLOCK_BYTES)
@@ -333,7 +307,6 @@ def _read_head(connection: _Connection, parser: _Parser, deadline: float) -> _Pa
             raise UpstreamBroken("fal's answer is not what HTTP allows") from error
         if received > HEAD_BYTES_MAX and parser.head_bytes() > HEAD_BYTES_MAX:
             raise UpstreamBroken("the head of fal's answer is larger than HTTP servers allow")
-    return parser
 
 
 def _head(method: str, target: str, headers: Mapping[str, str]) -> bytes:
@@ -371,7 +344,7 @@ class LeanResponse(Response):
         return CaseInsensitiveDict(raw.header_items)
 
 
-def _response(request: PreparedRequest, connection: _Connection, parser: _Parser, deadline: float) -> Response:
+def _response(request: PreparedRequest, connection: _Connection, parser: Parser, deadline: float) -> Response:
     response = LeanResponse()
     response.status_code = parser.get_code()
     response.reason = parser.status_message or ""

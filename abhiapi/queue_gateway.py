@@ -160,6 +160,9 @@ def _remember(rt: Runtime, call: Call, request_id: str, http_status: int) -> Mic
         log.error("%s: %s", call_text(call.open.call_id), error.message)
         admission.settle(rt, call, Verdict("unknown", reason="job_id_taken"))
         raise UpstreamBroken("fal's answer to the submit names another job") from error
+    except BaseException:  # a bug: whatever the row says, the sweep may end it in time
+        rt.working_on.discard(call.open.call_id)
+        raise
     rt.working_on.discard(call.open.call_id)  # from now on the reconciler of any process ends it
     return balance
 

@@ -57,7 +57,8 @@ _CALLS = (
 _NEWEST_CALLS = _CALLS.where(_c.call_id < bindparam("before")).order_by(_c.call_id.desc()).limit(bindparam("most"))
 _NEWEST_CALLS_OF = _NEWEST_CALLS.where(_c.account_id == bindparam("account"))
 _ONE_CALL = _CALLS.where(_c.call_id == bindparam("call"))
-_OPEN_HOLDS = _CALLS.where(_c.state.in_([literal_column(f"'{state}'") for state in OPEN])).order_by(_c.call_id)
+# Sorted by an expression, so that SQLite reads the few open calls from their index and not all calls in their order.
+_OPEN_HOLDS = _CALLS.where(_c.state.in_([literal_column(f"'{state}'") for state in OPEN])).order_by(_c.call_id + 0)
 _ENTRY_COLUMNS = (
     _e.account_id,
     _e.seq,

@@ -29,6 +29,7 @@ from abhiapi.fal import FalReply
 from abhiapi.ids import call_text
 from abhiapi.jobs import Job
 from abhiapi.metering import Verdict
+from abhiapi.polls import FETCH_AGAIN_S, RETRY_S
 from abhiapi.pricing import Price
 from abhiapi.runtime import Runtime
 
@@ -38,8 +39,7 @@ SMALL_BYTES_MAX = 32 * 1024 * 1024  # a status with its logs, or a submit's answ
 SETTLE_PATIENCE_S = 10
 NOT_FOUND_AFTER_MS = 60_000  # a job that fal does not know is given this long to appear
 UNAVAILABLE_AFTER_MS = 86_400_000  # a result that cannot be had for this long is the operator's to look into
-RETRIES, RETRY_S = 4, 0.25
-FETCHES, FETCH_AGAIN_S = 4, 0.1
+RETRIES = FETCHES = 4
 _PLAIN: wire.Headers = [("accept", "application/json"), ("accept-encoding", "identity")]
 
 

@@ -44,6 +44,13 @@ class OneSendResponse(wsgi.Response):  # type: ignore[misc]  # gunicorn has no t
             self._head = "".join(lines).encode("latin-1")
             self.headers_sent = True
 
+    def write(self, arg: bytes) -> None:
+        """Send a piece of the body. An empty one sends the head by itself."""
+        super().write(arg)
+        if not arg and self._head:
+            head, self._head = self._head, b""
+            self.sock.sendall(head)
+
     def _emit_body(self, data: bytes) -> None:
         head, self._head = self._head, b""
         if self.chunked:

@@ -22,6 +22,7 @@ MODEL = "fal-ai/flux/dev"
 FLUX_MICROS = Micros(26_250)  # one megapixel at 0.025 USD and 5 percent
 FLUX_NANO_USD = 25_000_000
 MINUTE_MS = 60_000
+DEAD_PID = 2**22 + 1  # larger than Linux ever gives to a process
 
 
 @cache
@@ -71,7 +72,7 @@ class Customer:
                 ledger.topup(tx, account.account_id, credit(credits), ref=None, note=None, now_ms=now)
             key, stored = keys.create(tx, account.account_id, name=None, expires_at=None, now_ms=now)
             price_id = prices.version_of(tx, flux(), now_ms=now)
-            process_id = processes.start(tx, pid=1, now_ms=now)
+            process_id = processes.start(tx, pid=DEAD_PID, now_ms=now)
             first = account.account_id * 1_000_000
             return cls(
                 database.write, clock, account.account_id, key, stored.key_id, price_id, process_id, count(first)

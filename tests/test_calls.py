@@ -14,7 +14,7 @@ from abhiapi.errors import InsufficientCredits, NotFound, Refused
 from abhiapi.metering import Verdict, released
 from abhiapi.money import Micros
 from tests.harness import Clock
-from tests.rows import FLUX_MICROS, FLUX_NANO_USD, MINUTE_MS, MODEL, Customer, settled
+from tests.rows import DEAD_PID, FLUX_MICROS, FLUX_NANO_USD, MINUTE_MS, MODEL, Customer, settled
 
 DAY_MS = 86_400_000
 ENDS: tuple[Literal["settled", "released", "unknown"], ...] = ("settled", "released", "unknown")
@@ -225,6 +225,6 @@ def test_a_process_is_known_by_its_held_calls_only(database: Database, customer:
     other = Customer.new(database, clock, name="bob")
     mine = customer.admit()
     other.finish(other.admit(), settled())
-    assert customer.write(calls.holding_processes) == [customer.process_id]
+    assert customer.write(calls.holding_processes) == [(customer.process_id, DEAD_PID)]
     assert customer.write(lambda tx: calls.of_process(tx, customer.process_id, most=10)) == [mine]
     assert customer.write(lambda tx: calls.of_process(tx, other.process_id, most=10)) == []

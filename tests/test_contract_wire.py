@@ -348,9 +348,9 @@ FIRST, SECOND = b'data: {"images":[],"seed":1}\n\n', b'id: 7\nevent: output\ndat
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_events_pass_as_they_come(odd_server: Server, odd_fal: Upstream, chunked: bool) -> None:
-    """The customer has the first event before fal sends the second, and one comment more than fal sent at the end."""
+    """Head and each event are with the customer before fal sends what follows; the last line is one comment more."""
     name, key = odd_server.books.account()
-    seen = threading.Event()
+    head_seen, seen = threading.Event(), threading.Event()
     in_time: list[bool] = []
     framing = "Transfer-Encoding: chunked" if chunked else "Connection: close"
 
@@ -359,7 +359,9 @@ def test_events_pass_as_they_come(odd_server: Server, odd_fal: Upstream, chunked
 
     def stream(sock: socket.socket, received: Received) -> None:
         head = f"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n{framing}\r\nx-fal-billable-units: 2\r\n\r\n"
-        sock.sendall(head.encode() + frame(FIRST))
+        sock.sendall(head.encode())
+        in_time.append(head_seen.wait(raw_http.TIMEOUT_S / 2))
+        sock.sendall(frame(FIRST))
         in_time.append(seen.wait(raw_http.TIMEOUT_S / 2))
         sock.sendall(frame(SECOND) + (b"0\r\n\r\n" if chunked else b""))
 
@@ -368,13 +370,14 @@ def test_events_pass_as_they_come(odd_server: Server, odd_fal: Upstream, chunked
     with requests.post(
         odd_server.url + FLUX + "/stream", json={"prompt": "x"}, headers=headers, stream=True, timeout=60
     ) as response:
+        head_seen.set()
         pieces = response.iter_content(None)
         got = next(pieces)
         assert got == FIRST
         assert odd_server.books.calls(name)[0].state == "held"
         seen.set()
         got += b"".join(pieces)
-    assert in_time == [True]
+    assert in_time == [True, True]
     assert got.startswith(FIRST + SECOND + b": _billing {")
     (last,) = got.removeprefix(FIRST + SECOND).splitlines()
     assert json.loads(last.removeprefix(b": _billing "))["credits_used"] == Decimal("52.5")

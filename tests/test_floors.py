@@ -17,9 +17,9 @@ PACKAGE = ROOT / "abhiapi"
 # From the ground up; a module may import those of its own floor and below. A package stands for all in it.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "money", "ids", "estimates", "pricing", "metering", "jsonbytes", "encodings", "wire", "queuewire"),
-    ("settings", "tables", "db", "migrations", "committer", "http_adapter", "fal", "metrics"),
+    ("settings", "tables", "db", "migrations", "committer", "http_parser", "http_adapter", "fal", "metrics", "polls"),
     ("ledger", "calls", "jobs", "keys", "accounts", "prices", "processes", "reports", "audit", "shapes"),
-    ("limits", "polls", "runtime", "admission", "gateway", "settlement", "queue_gateway", "reconcile", "sweep"),
+    ("limits", "runtime", "admission", "gateway", "settlement", "queue_gateway", "reconcile", "sweep"),
     ("web", "commands", "serving", "wsgi", "gunicorn_config", "worker", "sandbox"),
 )
 FACTS, NEIGHBOURS, ROWS, PRODUCT, SHELLS = FLOORS
@@ -27,7 +27,7 @@ FACTS, NEIGHBOURS, ROWS, PRODUCT, SHELLS = FLOORS
 # What only the named modules may import: others go through them.
 DOORS = {
     "requests": {"fal", "http_adapter"},
-    "geventhttpclient": {"http_adapter"},
+    "geventhttpclient": {"http_parser"},
     "socket": {"http_adapter", "serving", "worker", "sandbox"},
     "sqlite3": {"db", "committer", "migrations", "commands"},
     "sqlalchemy": {"db", "tables", "settings", *ROWS, "migrations"},
@@ -50,7 +50,9 @@ IN_SECONDS = {
     "runtime",
     "worker",
     "metrics",
+    "polls",
     "sandbox",
+    "wsgi",
     "serving",
     "gunicorn_config",
 }

@@ -32,6 +32,7 @@ class Peer:
         self._scripts = list(scripts)
         self.requests: list[bytes] = []
         self.connections = 0
+        self.ended = threading.Semaphore(0)
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
@@ -45,6 +46,7 @@ class Peer:
             with connection:
                 connection.settimeout(20)
                 script(connection)
+            self.ended.release()
 
     def request(self, connection: socket.socket) -> bytes:
         """Read one whole request (with its Content-Length) and remember it."""
@@ -144,6 +146,7 @@ def test_a_pooled_connection_that_died_is_replaced_and_the_request_sent_once() -
     with peer(OK, OK) as server:  # each connection is closed after its answer
         fal = fal_at(server.url)
         assert whole(ask(server.url, fal=fal)) == b"{}"
+        assert server.ended.acquire(timeout=10)
         assert whole(ask(server.url, fal=fal)) == b"{}"
     assert (server.connections, len(server.requests)) == (2, 2)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ MEMBER = b'"_billing": {"credits_used": 12, "cost_usd": 0.012}'
 BILLING = {"credits_used": 12, "cost_usd": Decimal("0.012")}
 LONG = "\ue000 a long one"
 STRING_MAX = 16  # in place of the real one, so that short examples reach what long texts do
+SHORT_STRING = jsonbytes._TO_LONG_STRING.pattern.replace(b"{0,200}", b"{0,8}")
 
 scalars = (
     st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.decimals(allow_nan=False, allow_infinity=False)
@@ -71,6 +73,14 @@ def parse(document: bytes) -> Any:
 def splice(pieces: Iterable[bytes]) -> bytes:
     splicer = jsonbytes.Splicer()
     return b"".join([*map(splicer.feed, pieces), splicer.end(MEMBER)])
+
+
+@contextmanager
+def low_limits() -> Iterator[None]:
+    """Strings that are long at 16 bytes, and may be short up to 8."""
+    assert b"{0,8}" in SHORT_STRING
+    with mock.patch.multiple(jsonbytes, STRING_MAX=STRING_MAX, _TO_LONG_STRING=re.compile(SHORT_STRING)):
+        yield
 
 
 def shrink(pieces: Iterable[bytes]) -> bytes:
@@ -197,7 +207,7 @@ def _without_marks(value: Any) -> Any:
 
 @given(printed(), st.data())
 def test_the_small_copy_has_the_structure_of_the_document(document: bytes, data: st.DataObject) -> None:
-    with mock.patch.object(jsonbytes, "STRING_MAX", STRING_MAX):
+    with low_limits():
         copy = shrink(data.draw(cut(document)))
     assert paired(copy) == model(document)
 
@@ -212,7 +222,7 @@ def test_the_small_copy_is_json_exactly_when_the_document_is(document: bytes, da
             st.sampled_from([b"", b'"', b"\\", b"u", b"{", b"}", b":", b",", b"\x00", b"\xff", b"\n", b"1", b"NaN"])
         )
     document = bytes(broken)
-    with mock.patch.object(jsonbytes, "STRING_MAX", STRING_MAX):
+    with low_limits():
         try:
             is_json = jsonbytes.is_json(shrink(data.draw(cut(document))))
         except ValueError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -12,7 +14,7 @@ from abhiapi.db import Database, Tx
 from abhiapi.errors import AccountSuspended, InsufficientCredits, Refused
 from abhiapi.money import MICROS_MAX, Micros
 from tests.harness import Clock
-from tests.rows import Customer, credit
+from tests.rows import FLUX_MICROS, Customer, credit
 
 
 @pytest.fixture
@@ -197,3 +199,41 @@ def test_the_balance_is_the_exact_sum_of_many_odd_charges(customer: Customer) ->
         customer.settle(amount)
     assert customer.standing() == (1_000_000 - sum(amounts), 0)
     assert sum(entry.amount_micros for entry in _entries(customer)) == 1_000_000 - sum(amounts)
+
+
+HOLDS_THAT_FIT = 37
+
+
+def _hold_25_times(path: str, account_id: int) -> int:
+    """In a process of its own: how many holds it got."""
+    database, got = Database(f"sqlite:///{path}"), 0
+    for _ in range(25):
+        try:
+            database.write(lambda tx: ledger.hold(tx, account_id, FLUX_MICROS))
+            got += 1
+        except InsufficientCredits:
+            pass
+    return got
+
+
+def test_four_processes_hold_exactly_what_is_there(database: Database, clock: Clock) -> None:
+    """A hundred holds in four processes, credit for thirty-seven: no credit is promised twice, none is left over."""
+    poor = Customer.new(database, clock, name="poor", credits=0)
+    poor.write(
+        lambda tx: ledger.topup(
+            tx, poor.account_id, Micros(HOLDS_THAT_FIT * FLUX_MICROS), ref=None, note=None, now_ms=1
+        )
+    )
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        got = pool.starmap(_hold_25_times, [(str(database.path), poor.account_id)] * 4, chunksize=1)
+    assert sum(got) == HOLDS_THAT_FIT
+    assert poor.standing() == (HOLDS_THAT_FIT * FLUX_MICROS, HOLDS_THAT_FIT * FLUX_MICROS)
+
+
+def test_a_payment_told_of_fifty_times_at_once_is_added_once(customer: Customer) -> None:
+    with ThreadPoolExecutor(10) as threads:
+        told = [threads.submit(customer.topup, 500, ref="pay-1") for _ in range(50)]
+        entries = [one.result(60) for one in told]
+    assert sum(not entry.repeated for entry in entries) == 1
+    assert {entry.seq for entry in entries} == {2}
+    assert customer.standing() == (1_500_000, 0)
