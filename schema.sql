@@ -94,6 +94,8 @@ CREATE TABLE calls (
 ) STRICT;
 CREATE INDEX calls_by_account ON calls (account_id);  -- the rowid, which is the time, follows by itself
 CREATE INDEX calls_open ON calls (process_id) WHERE state IN ('held', 'sent', 'unknown');
+-- A queued job by fal's id for it: looked up at every poll, and never two calls for one job.
+CREATE UNIQUE INDEX calls_one_job ON calls (fal_request_id) WHERE mode = 'queue' AND fal_request_id IS NOT NULL;
 
 -- The ledger: one immutable row per movement of credit. An account's balance is the sum of its entries.
 CREATE TABLE entries (

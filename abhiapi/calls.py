@@ -116,6 +116,7 @@ _OF_PROCESS = (
     .where(_in(*OPEN), _c.state == "held", _c.process_id == bindparam("process"))
     .limit(bindparam("most"))
 )
+_MODE = select(_c.mode).where(_c.call_id == bindparam("call"))
 _HOLDING = (
     select(_c.process_id, tables.processes.c.pid)
     .join_from(tables.calls, tables.processes, _c.process_id == tables.processes.c.process_id)
@@ -254,6 +255,14 @@ def overdue(tx: Tx, *, now_ms: int, most: int) -> list[OpenCall]:
 def of_process(tx: Tx, process_id: int, *, most: int) -> list[OpenCall]:
     """Held calls of a process, to be ended when it is gone."""
     return _open_calls(tx.all(_OF_PROCESS, process=process_id, most=most))
+
+
+def is_queued(tx: Tx, call_id: int) -> bool:
+    """Whether a call is a job of fal's queue. The call must exist."""
+    row = tx.one(_MODE, call=call_id)
+    if row is None:
+        raise AssertionError(f"call {call_id} is gone")
+    return bool(row[0] == "queue")
 
 
 def holding_processes(tx: Tx) -> list[tuple[int, int]]:

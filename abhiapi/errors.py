@@ -60,6 +60,12 @@ class BodyIncomplete(BadRequest):
     type = "incomplete_body"
 
 
+class WebhookNotSupported(BadRequest):
+    """fal would deliver the answer past this service; nothing was forwarded."""
+
+    type = "webhook_not_supported"
+
+
 class BodyTooLarge(AbhiError):
     status, type = 413, "body_too_large"
 

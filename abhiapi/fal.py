@@ -54,7 +54,15 @@ class Fal:
         self._session.mount("http://", LeanAdapter())
         self._session.mount("https://", LeanAdapter())
 
-    def send(self, method: str, target: str, headers: Iterable[tuple[str, str]], body: Any) -> FalReply:
+    def send(
+        self,
+        method: str,
+        target: str,
+        headers: Iterable[tuple[str, str]],
+        body: Any,
+        *,
+        timeout_s: float | None = None,
+    ) -> FalReply:
         """Send one request, once. ``target`` is the raw path and query; ``body`` bytes, a `Body`, or None.
 
         Raises `UpstreamUnreachable`, `UpstreamBroken` or `UpstreamTimeout`.
@@ -71,7 +79,7 @@ class Fal:
             length = 0 if body is None else len(body) if isinstance(body, bytes) else body.length
             request.headers["Content-Length"] = str(length)
         adapter = self._session.get_adapter(request.url)
-        response = adapter.send(request, stream=True, timeout=self._timeout_s)
+        response = adapter.send(request, stream=True, timeout=timeout_s or self._timeout_s)
         items = getattr(response.raw, "header_items", None)
         return FalReply(response.status_code, items or list(response.headers.items()), response.raw)
 

@@ -13,122 +13,33 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 
-from abhiapi import calls, encodings, jsonbytes, keys, metering, prices, pricing, wire
-from abhiapi.db import Tx
-from abhiapi.errors import (
-    AbhiError,
-    BodyIncomplete,
-    ChargeNotRecorded,
-    DatabaseUnavailable,
-    UnknownRoute,
-    UpstreamError,
-    UpstreamRefused,
-)
+from abhiapi import admission, calls, encodings, jsonbytes, keys, metering, pricing, wire
+from abhiapi.admission import WHOLE_BYTES_MAX, Call, Outcome, Reply, Request
+from abhiapi.errors import BodyIncomplete, UpstreamError, UpstreamRefused
 from abhiapi.fal import FalReply
 from abhiapi.ids import call_text
 from abhiapi.metering import Verdict
-from abhiapi.money import Micros, credits_text
-from abhiapi.runtime import SETTLE_PATIENCE_S, Runtime
+from abhiapi.runtime import Runtime
 from abhiapi.settings import SLOW_CALLER_S
+
+__all__ = ["MeteredBody", "Reply", "Request", "run"]
 
 log = logging.getLogger("abhiapi")
 
-# Answers up to this size are read whole before the first byte leaves, so that their charge can stand in the headers.
-WHOLE_BYTES_MAX = 64 * 1024
 FAL_REQUEST_ID_MAX = 100  # fal's are 36 characters long
-
-
-class RequestBody(Protocol):
-    """The caller's body: what goes to fal byte for byte (bytes, a `http_adapter.Body`, or None), and what it says."""
-
-    @property
-    def content(self) -> Any: ...
-
-    @property
-    def call_input(self) -> Mapping[str, Any]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A caller's request in plain values. ``path`` and ``query`` are raw, as they came over the wire."""
-
-    method: str
-    path: str
-    query: str
-    headers: Mapping[str, str]  # names in lower case
-    read_body: Callable[[], RequestBody]  # raises MalformedJson, BodyTooLarge, BodyIncomplete
-
-
-@dataclass(slots=True)
-class Reply:
-    """What goes back: either all bytes at once, or pieces with a ``close`` that must be called."""
-
-    status: int
-    headers: wire.Headers
-    body: bytes | MeteredBody
-
-
-@dataclass(slots=True)
-class _Call:
-    """One admitted call on its way."""
-
-    open: calls.OpenCall
-    price: pricing.Price
-    call_input: Mapping[str, Any]
-    dialect: wire.Dialect
-    started: float = field(default_factory=monotonic)
-    is_ending: bool = False  # its hold is being ended, or has been: nobody else may try
-
-
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """How a call's hold ended: what it cost and the balance after it."""
-
-    charge_micros: Micros
-    balance_micros: Micros
-
-    def headers(self) -> wire.Headers:
-        return [
-            ("x-abhiapi-credits-used", credits_text(self.charge_micros)),
-            ("x-abhiapi-balance-remaining", credits_text(self.balance_micros)),
-        ]
 
 
 def run(rt: Runtime, request: Request) -> Reply:
     """Forward one call to fal.run and charge for what it used. Never raises an `AbhiError`: it answers with it."""
-    key, dialect = wire.caller_key(request.headers)
-    call_id = rt.call_ids.new(rt.now_ms())
-    shown = [("x-abhiapi-call-id", call_text(call_id))]
-    try:
-        caller = rt.authenticate(key)
-    except AbhiError as error:
-        return _with_headers(_refusal(rt, error, dialect), shown)
-    try:
-        lease = rt.limits.enter(caller.key_id, caller.plan)
-    except AbhiError as error:
-        return _with_headers(_refusal(rt, error, dialect), shown + rt.limits.headers(caller.key_id, caller.plan))
-    try:
-        reply = _admitted(rt, caller, call_id, request, dialect)
-    except AbhiError as error:
-        reply = _refusal(rt, error, dialect)
-    except BaseException:
-        lease.release()
-        raise
-    if isinstance(reply.body, MeteredBody):
-        reply.body.when_closed = lease.release
-    else:
-        lease.release()
-    return _with_headers(reply, shown + rt.limits.headers(caller.key_id, caller.plan))
+    return admission.within_limits(rt, request, _admitted)
 
 
 def _admitted(rt: Runtime, caller: keys.Caller, call_id: int, request: Request, dialect: wire.Dialect) -> Reply:
     """The call itself, once its caller is known and within limits. Raises what is answered in its place."""
-    if "x-fal-target-url" in request.headers:
-        raise UnknownRoute("x-fal-target-url is not served here: call /{any-fal-path} on this host")
+    admission.refuse_target(request)
     model, streamed = wire.endpoint_of(request.path)
     price = rt.catalogue(caller.own_price_id).price_of(model)
     query = wire.forwarded_query(request.query)
@@ -137,8 +48,8 @@ def _admitted(rt: Runtime, caller: keys.Caller, call_id: int, request: Request, 
     body = request.read_body()
     held_micros = pricing.ceiling(price, body.call_input).amount_micros
     open_call = calls.OpenCall(call_id, caller.account_id, caller.key_id, model, held_micros)
-    _hold(rt, caller, open_call, price, "stream" if streamed else "sync")
-    call = _Call(open_call, price, body.call_input, dialect)
+    admission.hold(rt, caller, open_call, price, "stream" if streamed else "sync")
+    call = Call(open_call, price, body.call_input, dialect)
     try:
         reply = rt.fal_run.send(request.method, target, headers, body.content)
         return _answer(rt, call, reply)
@@ -146,38 +57,11 @@ def _admitted(rt: Runtime, caller: keys.Caller, call_id: int, request: Request, 
         return _failed(rt, call, error)
     except BaseException:
         if not call.is_ending:  # a bug of ours, or the end of the process: what fal answered is not known
-            _settle(rt, call, metering.released("interrupted"))
+            admission.settle(rt, call, metering.released("interrupted"))
         raise
 
 
-def _hold(rt: Runtime, caller: keys.Caller, call: calls.OpenCall, price: pricing.Price, mode: calls.Mode) -> None:
-    """Set the credit aside and write the call, durably. Raises InsufficientCredits, DatabaseUnavailable (503)."""
-    now = rt.now_ms()
-    identity = price.identity()
-    known_price_id = rt.price_ids.get(identity)
-
-    def admit(tx: Tx) -> int:
-        price_id = known_price_id or prices.version_of(tx, price, now_ms=now)
-        calls.admit(
-            tx,
-            calls.Admission(
-                call=call,
-                price_id=price_id,
-                process_id=rt.process_id,
-                mode=mode,
-                deadline_at=now + rt.settings.longest_call_s * 1000,
-                created_at=now,
-            ),
-        )
-        if now - caller.last_used_at >= keys.LAST_USED_STEP_MS:
-            keys.touch(tx, call.key_id, now)
-        return price_id
-
-    rt.price_ids[identity] = rt.write(admit)
-    rt.working_on.add(call.call_id)
-
-
-def _answer(rt: Runtime, call: _Call, reply: FalReply) -> Reply:
+def _answer(rt: Runtime, call: Call, reply: FalReply) -> Reply:
     """fal's answer as the caller gets it: whole where it is small, else passed on as it comes."""
     status = reply.status
     if status in metering.OPERATOR_STATUSES:
@@ -206,40 +90,15 @@ def _answer(rt: Runtime, call: _Call, reply: FalReply) -> Reply:
             headers.append(("X-Accel-Buffering", "no"))  # a buffering proxy in front would hold events back
         return Reply(shown_status, headers, body)
     outcome = body.settle()
-    return _whole_answer(rt, call, shown_status, headers, whole, outcome, is_json=body.is_json, of_fal=status)
+    return admission.whole_answer(
+        rt, call.open.model, shown_status, headers, whole, outcome, is_json=body.is_json, of_fal=status
+    )
 
 
-def _whole_answer(
-    rt: Runtime,
-    call: _Call,
-    status: int,
-    headers: wire.Headers,
-    whole: bytes,
-    outcome: _Outcome,
-    *,
-    is_json: bool,
-    of_fal: int,
-) -> Reply:
-    """A small answer with its charge. Errors that are no JSON, and what shows the credential, get our words instead."""
-    member = wire.billing_member(call.open.model, outcome.charge_micros, outcome.balance_micros)
-    secret = wire.worth_hiding(rt.settings.fal_key)
-    shows_secret = secret is not None and secret.encode() in whole
-    if shows_secret or (of_fal >= 400 and not (is_json and jsonbytes.is_json(whole))):
-        error = UpstreamError(f"fal answered with status {of_fal} and no explanation")
-        status = status if of_fal >= 400 else error.status
-        headers = [(name, value) for name, value in headers if not name.lower().startswith("content-")]
-        headers.append(("Content-Type", "application/json"))
-        whole = wire.error_body(error, status=status, billing=member)
-    elif is_json:
-        whole = jsonbytes.spliced(whole, member)
-    headers.append(("Content-Length", str(len(whole))))
-    return Reply(status, headers + outcome.headers(), whole)
-
-
-def _failed(rt: Runtime, call: _Call, error: UpstreamError, reply: FalReply | None = None) -> Reply:
+def _failed(rt: Runtime, call: Call, error: UpstreamError, reply: FalReply | None = None) -> Reply:
     """No whole answer came: the hold is given back, and the caller told whether fal may have started."""
     request_id = None if reply is None else _request_id(reply)
-    outcome = _settle(
+    outcome = admission.settle(
         rt,
         call,
         metering.released(error.type),
@@ -250,7 +109,7 @@ def _failed(rt: Runtime, call: _Call, error: UpstreamError, reply: FalReply | No
     member = wire.billing_member(call.open.model, outcome.charge_micros, outcome.balance_micros)
     body = wire.error_body(shown, billing=member)
     rt.metrics.refused.labels(shown.type).inc()
-    headers = [*_json_headers(body), *outcome.headers()]
+    headers = [*admission.json_headers(body), *outcome.headers()]
     if request_id is not None:
         headers.append(("x-fal-request-id", request_id))
     return Reply(shown.status, headers, body)
@@ -258,47 +117,6 @@ def _failed(rt: Runtime, call: _Call, error: UpstreamError, reply: FalReply | No
 
 def _request_id(reply: FalReply) -> str | None:
     return (reply.value("x-fal-request-id") or "")[:FAL_REQUEST_ID_MAX] or None
-
-
-def _settle(
-    rt: Runtime, call: _Call, verdict: Verdict, *, http_status: int | None = None, fal_request_id: str | None = None
-) -> _Outcome:
-    """End the hold, durably, and tell what it cost. Raises `ChargeNotRecorded` when the database takes no write."""
-    now = rt.now_ms()
-    call.is_ending = True
-
-    def finish(tx: Tx, by: Verdict = verdict) -> _Outcome:
-        balance = calls.finish(tx, call.open, by, now_ms=now, http_status=http_status, fal_request_id=fal_request_id)
-        return _Outcome(by.charge_micros, balance)
-
-    try:
-        outcome = rt.write(finish, patience_s=SETTLE_PATIENCE_S)
-    except calls.CallEnded:
-        outcome = _Outcome(*rt.reader.read(lambda tx: calls.ended_as(tx, call.open.call_id)))
-        log.error("%s was ended by somebody else before its answer was settled", call_text(call.open.call_id))
-    except DatabaseUnavailable as error:
-        rt.metrics.parked.inc()
-        rt.settle_later(finish, call.open.call_id)
-        log.error("the charge of %s could not be written yet: %s", call_text(call.open.call_id), error.message)
-        raise ChargeNotRecorded(
-            "fal answered, and the charge could not be written down, so the answer is withheld. "
-            "It is settled as soon as the database takes writes again"
-        ) from error
-    except AbhiError as error:  # the ledger refuses such a charge: the operator is asked
-        unknown = Verdict("unknown", units=verdict.units, reason="charge_refused")
-        outcome = rt.write(lambda tx: finish(tx, unknown), patience_s=SETTLE_PATIENCE_S)
-        log.error("the charge of %s was refused by the ledger: %s", call_text(call.open.call_id), error.message)
-    except BaseException:  # a bug: whatever the row says, the sweep may end it in time
-        rt.working_on.discard(call.open.call_id)
-        raise
-    rt.working_on.discard(call.open.call_id)
-    rt.metrics.ended[verdict.end].inc()
-    rt.metrics.fal_seconds.observe(monotonic() - call.started)
-    rt.metrics.credits.inc(outcome.charge_micros)
-    if outcome.charge_micros > call.open.held_micros:
-        rt.metrics.over_hold.inc()
-        log.warning("%s (%s) cost more than its hold", call_text(call.open.call_id), call.open.model)
-    return outcome
 
 
 class MeteredBody:
@@ -309,7 +127,7 @@ class MeteredBody:
     iterator raises, so the connection to the caller breaks as well.
     """
 
-    def __init__(self, rt: Runtime, call: _Call, reply: FalReply) -> None:
+    def __init__(self, rt: Runtime, call: Call, reply: FalReply) -> None:
         self._rt, self._call, self._reply = rt, call, reply
         content_type = reply.value("content-type")
         encoding = (reply.value("content-encoding") or "identity").strip().lower()
@@ -326,7 +144,7 @@ class MeteredBody:
         self._shrinker = jsonbytes.Shrinker() if self._needs_answer else None
         self._gathered: deque[bytes] = deque()  # read from fal and not passed on yet
         self._ended = False  # fal's body was read to its whole end
-        self._outcome: _Outcome | None = None
+        self._outcome: Outcome | None = None
         self._pieces = self._iterate()
         self.when_closed: Callable[[], None] = lambda: None
 
@@ -356,7 +174,7 @@ class MeteredBody:
             if piece:
                 self._gathered.append(piece)
 
-    def settle(self) -> _Outcome:
+    def settle(self) -> Outcome:
         """End the hold of a body that has ended. Once; a second time tells the same."""
         if self._outcome is None:
             verdict = metering.verdict(
@@ -442,7 +260,7 @@ class MeteredBody:
             log.info("fal's answer to a caller who had hung up broke off: %s", error.message)
 
     def _end_hold(self, verdict: Verdict) -> None:
-        self._outcome = _settle(
+        self._outcome = admission.settle(
             self._rt,
             self._call,
             verdict,
@@ -461,28 +279,3 @@ class MeteredBody:
             return jsonbytes.parse_object(self._shrinker.end()) if self._shrinker else None
         except ValueError:
             return None
-
-
-def _refusal(rt: Runtime, error: AbhiError, dialect: wire.Dialect) -> Reply:
-    shown = wire.error_for(dialect, error)
-    rt.metrics.refused.labels(shown.type).inc()
-    body = wire.error_body(shown)
-    headers = _json_headers(body)
-    if shown.retry_after_s is not None:
-        headers.append(("Retry-After", str(shown.retry_after_s)))
-    return Reply(shown.status, headers, body)
-
-
-def internal_error() -> Reply:
-    """The answer to a call that met a bug of ours."""
-    body = wire.error_body(AbhiError("something went wrong here: tell the operator of this service"))
-    return Reply(500, _json_headers(body), body)
-
-
-def _json_headers(body: bytes) -> wire.Headers:
-    return [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
-
-
-def _with_headers(reply: Reply, headers: wire.Headers) -> Reply:
-    reply.headers.extend(headers)
-    return reply

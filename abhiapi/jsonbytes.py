@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -71,6 +71,38 @@ def spliced(document: bytes, member: bytes) -> bytes:
     """A whole JSON object with one more member at its end; anything else unchanged."""
     splicer = Splicer()
     return splicer.feed(document) + splicer.end(member)
+
+
+_STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]:,]', re.DOTALL)
+
+
+def with_strings(document: bytes, replace: Callable[[str, str], str | None]) -> bytes:
+    """A JSON object in which ``replace(name, value)`` gives new values of top-level strings (None: as it is).
+
+    No other byte changes. What is not a JSON object comes back unchanged.
+    """
+    if parse_object(document) is None:
+        return document
+    pieces, done, depth = [], 0, 0
+    name, expects_value = "", False
+    for found in _STRUCTURE.finditer(document):
+        token = found[0]
+        if token in b"{[":
+            depth += 1
+        elif token in b"}]":
+            depth -= 1
+        elif depth != 1 or token == b",":
+            expects_value = False
+        elif token == b":":
+            expects_value = True
+        elif not expects_value:
+            name = json.loads(token)
+        else:
+            new = replace(name, json.loads(token))
+            if new is not None:
+                pieces += [document[done : found.start()], json.dumps(new).encode()]
+                done = found.end()
+    return b"".join([*pieces, document[done:]])
 
 
 def is_json(document: bytes) -> bool:

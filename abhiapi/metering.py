@@ -56,6 +56,10 @@ def released(reason: str, *, units: str | None = None) -> Verdict:
     return Verdict("released", units=units, reason=reason)
 
 
+# A job was sent to fal's queue and its answer never seen: it may run, under an id that nobody knows.
+SUBMIT_UNKNOWN = Verdict("unknown", reason="submit_outcome_unknown")
+
+
 def parse_units(values: Sequence[str]) -> Decimal | None:
     """The units of a reply's ``x-fal-billable-units`` headers; None unless there is exactly one, plain and whole."""
     if len(values) != 1 or not _PLAIN_UNITS.fullmatch(values[0]):

@@ -20,6 +20,7 @@ from abhiapi.ids import CallIds, NowMs, call_text
 from abhiapi.limits import CallLimits
 from abhiapi.metrics import Metrics
 from abhiapi.migrations import open_database
+from abhiapi.polls import Polls
 from abhiapi.settings import Settings
 
 T = TypeVar("T")
@@ -30,6 +31,7 @@ HOLD_PATIENCE_S = 3  # how long a call may wait for the database before it is re
 SETTLE_PATIENCE_S = 60  # how long a finished call's charge may wait before its answer is withheld
 SETTLE_LATER_S = 7 * 86_400  # and how long it is tried after that
 HEALTH_PATIENCE_S = 1
+QUEUE_TIMEOUT_S = 120  # longest wait for an answer of fal's queue, which runs nothing while one waits
 
 
 def system_now_ms() -> int:
@@ -45,12 +47,14 @@ class Runtime:
     writer: GroupCommitter
     reader: Reader
     fal_run: Fal
+    fal_queue: Fal
     limits: CallLimits
     metrics: Metrics
     process_id: int
     lock: processes.ProcessLock
     rules: tuple[pricing.PriceRule, ...]
     now_ms: NowMs = system_now_ms
+    polls: Polls = field(default_factory=Polls)
     call_ids: CallIds = field(default_factory=CallIds)
     _catalogue: pricing.Catalogue | None = None
     _catalogue_version: int = -1
@@ -99,6 +103,7 @@ class Runtime:
         self.reader.close()
         self.lock.release()
         self.fal_run.close()
+        self.fal_queue.close()
 
 
 def start(
@@ -122,6 +127,9 @@ def start(
         writer=writer,
         reader=Reader(database),
         fal_run=Fal(settings.fal_run_url, settings.fal_key, timeout_s=settings.upstream_timeout_s),
+        fal_queue=Fal(
+            settings.fal_queue_url, settings.fal_key, timeout_s=min(QUEUE_TIMEOUT_S, settings.upstream_timeout_s)
+        ),
         limits=CallLimits(settings),
         metrics=metrics,
         process_id=process_id,

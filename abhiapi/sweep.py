@@ -1,6 +1,7 @@
 """Holds that no living process will end: those of dead processes, and those past their deadline.
 
-A held call's answer was not seen by anybody and never will be, so its hold is released (contract 3.5, last row).
+A held call's answer was not seen by anybody and never will be, so its hold is released (contract 3.5, last row). A
+submit is another matter: fal may have accepted the job, which then runs and costs, so its hold stands for the operator.
 Run when a process starts and on a timer; safe to run in several at once, since ending a hold is conditional.
 """
 
@@ -10,7 +11,7 @@ import logging
 
 from abhiapi import calls, processes
 from abhiapi.db import Tx
-from abhiapi.metering import released
+from abhiapi.metering import SUBMIT_UNKNOWN, released
 from abhiapi.runtime import Runtime
 
 log = logging.getLogger("abhiapi")
@@ -20,7 +21,7 @@ GRACE_MS = 30_000  # an answer may still be on its way to the ledger for this lo
 
 
 def run_once(runtime: Runtime) -> int:
-    """Release every hold that has nobody left to end it; how many."""
+    """End every hold that has nobody left to end it, or leave it to the operator; how many."""
     runtime.lock.keep()
     count = _sweep_overdue(runtime)
     pids = dict(runtime.reader.read(processes.running)) | dict(runtime.reader.read(calls.holding_processes))
@@ -29,7 +30,7 @@ def run_once(runtime: Runtime) -> int:
             count += _sweep_process(runtime, process_id)
     if count:
         runtime.metrics.swept.inc(count)
-        log.warning("released %d holds whose process or time was over", count)
+        log.warning("ended %d holds whose process or time was over", count)
     return count
 
 
@@ -60,5 +61,6 @@ def _until_none_left(runtime: Runtime, release_batch: calls.BatchOp) -> int:
 
 def _release(tx: Tx, found: list[calls.OpenCall], reason: str, now_ms: int) -> int:
     for call in found:
-        calls.finish(tx, call, released(reason), now_ms=now_ms)
+        verdict = SUBMIT_UNKNOWN if calls.is_queued(tx, call.call_id) else released(reason)
+        calls.finish(tx, call, verdict, now_ms=now_ms)
     return len(found)

@@ -6,12 +6,16 @@ point here.
 
 from __future__ import annotations
 
+from time import monotonic
+
 import gevent
 
-from abhiapi import runtime, sweep
+from abhiapi import reconcile, runtime, sweep
 from abhiapi.errors import AbhiError
 from abhiapi.settings import Settings
 from abhiapi.web import create_app
+
+ROUND_PAUSE_S = 0.5  # between rounds of the reconciler that take as long as the interval
 
 
 def sweep_for_ever(rt: runtime.Runtime) -> None:
@@ -26,7 +30,21 @@ def sweep_for_ever(rt: runtime.Runtime) -> None:
             runtime.log.exception("the sweep failed and will be tried again")
 
 
+def reconcile_for_ever(rt: runtime.Runtime) -> None:
+    """Settle jobs that nobody asks about; beside the sweep, since a round takes as long as fal takes to answer."""
+    while True:
+        started = monotonic()
+        try:
+            reconcile.run_once(rt)
+        except AbhiError as error:
+            runtime.log.warning("open jobs will be looked at again: %s", error.message)
+        except Exception:  # as above: without this line no job would ever be looked at again
+            runtime.log.exception("the round over the open jobs failed and will be tried again")
+        gevent.sleep(max(ROUND_PAUSE_S, rt.settings.reconcile_interval_s - (monotonic() - started)))
+
+
 rt = runtime.start(Settings.from_env())
 sweep.run_once(rt)  # holds of a process that was killed end before the first call comes in
 gevent.spawn(sweep_for_ever, rt)
+gevent.spawn(reconcile_for_ever, rt)
 app = create_app(rt)

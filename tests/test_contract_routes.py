@@ -343,7 +343,7 @@ def test_metrics_behind_a_token(app: Any) -> None:
 
 FORBIDDEN = (
     "/tokens", "/tokens/", "/tokens/x", "/storage/auth/token", "/storage/upload/initiate", "/api/fal/proxy", "/api/x",
-    "/queue/fal-ai/flux/dev", "/queue/fal-ai/flux/requests/1/status", "/fal-ai/queue/requests/1", "/static/x", "/v1",
+    "/queue", "/static/x", "/v1",
     "/v1/", "/v1/nothing", "/v1/keys", "/favicon.ico", "/robots.txt", "/.well-known/jwks.json", "/tokens%2f", "/v1%2fx",
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ from typing import Any
 import gevent
 import pytest
 
-from abhiapi import calls, errors, gateway, runtime
+from abhiapi import admission, calls, errors, gateway, runtime
 from abhiapi.metering import released
 from abhiapi.settings import Settings
 from tests.harness import OPERATOR_KEY, Books, Clock
@@ -336,7 +336,7 @@ def test_a_call_that_cannot_be_written_down_is_not_forwarded(house: House, monke
 def test_a_charge_that_cannot_be_written_down_withholds_the_answer_and_is_written_later(
     house: House, monkeypatch: pytest.MonkeyPatch, pieces: list[Piece]
 ) -> None:
-    monkeypatch.setattr(gateway, "SETTLE_PATIENCE_S", 0)
+    monkeypatch.setattr(admission, "SETTLE_PATIENCE_S", 0)
     others: list[sqlite3.Connection] = []
     house.fal.when_sent = lambda: others.append(locked(house))
     house.fal.answer = answer(pieces)

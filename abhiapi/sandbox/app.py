@@ -10,7 +10,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ import gevent
 
 from abhiapi.metering import parse_units
 from abhiapi.pricing import PriceRule, decimal_text
-from abhiapi.sandbox import answers, control, files, replies, transport, validation, weather
+from abhiapi.sandbox import answers, control, files, queue, replies, transport, validation, weather
 from abhiapi.sandbox.models import model_of
 from abhiapi.sandbox.records import BODY_TEXT_MAX_BYTES, Bill, CallLog, Forecast, Gates, Received
 from abhiapi.sandbox.replies import Reply
@@ -87,6 +87,7 @@ class Sandbox:
         self.bill = Bill()
         self.forecast = Forecast()
         self.gates = Gates()
+        self.queue = queue.Queue(self.gates, now)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
@@ -94,11 +95,56 @@ class Sandbox:
             return _respond(control.answer(self, environ), start_response)
         if path.startswith(files.PREFIX):
             return _serve_file(environ, start_response)
+        if path.startswith(queue.PREFIX) and (asked := queue.parsed(path.removeprefix(queue.PREFIX))):
+            return self._polled(environ, start_response, *asked)
         return self._call(environ, start_response)
+
+    def _polled(
+        self, environ: WSGIEnvironment, start_response: StartResponse, action: str, request_id: str
+    ) -> Iterable[bytes]:
+        """Status, result or cancel of a queued job. Only weather ordered for ``queue/{action}``, or for this very
+        job by ``queue/{action}/{request id}``, touches it."""
+        call = self._receive(environ, environ["PATH_INFO"], keep=False)
+        meant = self.forecast.take_meant_for
+        wanted = meant(f"queue/{action}/{request_id}") or meant(f"queue/{action}")
+        if not _is_authorized(environ.get("HTTP_AUTHORIZATION", "")):
+            reply = replies.error(401, call.path, call.host)
+        elif wanted is not None and (wanted.status is not None or wanted.body is not None):
+            status = wanted.status or 200
+            error = replies.error(status, call.path, call.host)
+            reply = error if wanted.body is None else replies.odd(status, wanted.body)
+        else:
+            reply = self.queue.answer(environ, action, request_id)
+        if wanted is not None and wanted.delay_s:
+            gevent.sleep(float(wanted.delay_s))
+        client = environ.get("sandbox.socket")
+        if wanted is None or not wanted.needs_socket or client is None:
+            return _respond(reply, start_response)
+        transport.send(client, reply, wanted)
+        return ()
+
+    def _submitted(self, call: _Call, wanted: Weather) -> Reply:
+        """A job for this call. Its answer and its bill are what the call's would be; `Weather.status` is the job's."""
+        rule = self.rules.get(call.endpoint_id)
+        if rule is None:
+            return replies.not_found(call.path)
+        request_id = call.received.request_id
+
+        def completed() -> int:
+            outcome = _outcome(call, wanted, rule)
+            self._count(call, outcome, wanted)
+            return outcome.reply.status
+
+        def reply() -> Reply:
+            return self._adorned(call, _outcome(call, wanted, rule), wanted)
+
+        job = queue.Job(request_id, call.endpoint_id, call.host, wanted, reply, completed)
+        return self.queue.submit(job).with_headers(("x-fal-request-id", request_id), *_COMMON)
 
     def _call(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ["PATH_INFO"].encode("latin-1").decode("utf-8", "replace")
-        endpoint_id = path.strip("/")
+        is_queued = path.startswith(queue.PREFIX)
+        endpoint_id = path.removeprefix(queue.PREFIX if is_queued else "").strip("/")
         authorized = _is_authorized(environ.get("HTTP_AUTHORIZATION", ""))
         problem, wanted = "", FAIR
         if authorized:
@@ -113,9 +159,17 @@ class Sandbox:
             outcome = _Outcome(replies.error(401, path, call.host), None)
         elif problem:
             outcome = _Outcome(replies.of_json(400, {"detail": f"{weather.HEADER}: {problem}"}), Decimal(0))
+        elif is_queued:
+            if wanted.delay_s:
+                gevent.sleep(float(wanted.delay_s))
+            outcome = _Outcome(self._submitted(replace(call, endpoint_id=endpoint_id), wanted), None)
         else:
             outcome = self._worked(call, wanted)
-        reply = self._billed(call, outcome, wanted)
+        if is_queued and authorized and not problem:
+            reply = outcome.reply
+        else:
+            self._count(call, outcome, wanted)
+            reply = self._adorned(call, outcome, wanted)
         if not wanted.needs_socket:
             return _respond(reply, start_response)
         client = environ.get("sandbox.socket")
@@ -172,21 +226,26 @@ class Sandbox:
             return _Outcome(replies.error(405, call.path, call.host).with_headers(("allow", "GET, POST")), None)
         return _outcome(call, wanted, rule)
 
-    def _billed(self, call: _Call, outcome: _Outcome, wanted: Weather) -> Reply:
-        """The reply with fal's headers; and the call on the bill, if fal would bill it."""
-        reply = outcome.reply
+    def _count(self, call: _Call, outcome: _Outcome, wanted: Weather) -> None:
+        """The call on the bill, if fal would bill it."""
         worth = None if outcome.units is None else outcome.units * wanted.units_factor
         texts = _unit_texts(worth, wanted)
         if outcome.rule is not None:
             # A header that is no number hides what the call is worth; it does not change it.
             units = parse_units(texts[:1]) if texts and wanted.units != "twice" else None
             units = worth if units is None else units
-            if units is not None and _is_billed(reply.status, units):
+            status = outcome.reply.status
+            if units is not None and _is_billed(status, units):
                 request_id = call.received.request_id
-                self.bill.add(request_id, outcome.rule, reply.status, units, delivered=not wanted.breaks_http)
+                self.bill.add(request_id, outcome.rule, status, units, delivered=not wanted.breaks_http)
+
+    def _adorned(self, call: _Call, outcome: _Outcome, wanted: Weather) -> Reply:
+        """The reply with fal's headers."""
+        reply = outcome.reply
+        worth = None if outcome.units is None else outcome.units * wanted.units_factor
         if wanted.body != "html":  # a page of an ingress, which fal's headers do not adorn
             reply = reply.with_headers(("x-fal-request-id", call.received.request_id), *_COMMON)
-        reply = reply.with_headers(*(("x-fal-billable-units", text) for text in texts))
+        reply = reply.with_headers(*(("x-fal-billable-units", text) for text in _unit_texts(worth, wanted)))
         return replies.gzipped(reply) if wanted.encoding == "gzip" else reply
 
 

@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
-from abhiapi.sandbox import replies, weather
+from abhiapi.sandbox import queue, replies, weather
 from abhiapi.sandbox.records import CALLS_MAX
 from abhiapi.sandbox.replies import Reply
 
@@ -99,6 +99,15 @@ def _forget_bill(sandbox: Sandbox, environ: WSGIEnvironment) -> Reply:
     return _bill(sandbox, environ)
 
 
+def _jobs(sandbox: Sandbox, environ: WSGIEnvironment) -> Reply:
+    return replies.of_json(200, {"jobs": queue.listed(sandbox.queue.jobs.values())})
+
+
+def _forget_jobs(sandbox: Sandbox, environ: WSGIEnvironment) -> Reply:
+    sandbox.queue.jobs.clear()
+    return _jobs(sandbox, environ)
+
+
 def _body(environ: WSGIEnvironment) -> Any:
     raw = environ["wsgi.input"].read(BODY_MAX_BYTES + 1)
     if len(raw) > BODY_MAX_BYTES:
@@ -123,10 +132,11 @@ _PAGES: dict[str, dict[str, _Page]] = {
     "weather": {"GET": _coming, "POST": _order, "DELETE": _clear_up},
     "release": {"POST": _release},
     "bill": {"GET": _bill, "DELETE": _forget_bill},
+    "jobs": {"GET": _jobs, "DELETE": _forget_jobs},
 }
 
 _TEXT = """\
-A simulator of fal.ai's synchronous calls, for developing without spending. Nothing is generated: pictures are
+A simulator of fal.ai's calls and its queue, for developing without spending. Nothing is generated: pictures are
 gradients with the first words of the prompt, clips are moving colours. It never talks to fal.
 
 What it imitates
@@ -135,9 +145,10 @@ What it imitates
   x-fal-request-id, x-fal-served-from, and x-fal-billable-units by the price list's rates
   fal's validation errors for missing or wrong prompt, image_url, num_images, image_size, duration
   fal's error bodies by status (weather "status")
+  the queue under /queue: submit, status, status/stream, result, cancel, with and without a sub-path
 
 What it does not imitate
-  the queue, streaming, webhooks, uploads, WebSockets, the platform API; CORS
+  /stream, webhooks (a fal_webhook is not called), uploads, WebSockets, the platform API; CORS
   anything that depends on what a picture or prompt shows: filters, refusals, the size of a remote image
     (which counts as 1024 x 1024, unless its URL is one of this simulator's), the real time a model takes
   parameters beyond those above; fal's exact rounding of megapixels, which fal does not publish
@@ -165,11 +176,17 @@ Weather: how the next answers go wrong
   slow_head          the head byte by byte, with so many seconds between
   size_bytes         a JSON object of that many bytes
   echo               1: the request body's sha256 and length
+  queue_s, run_s     seconds a queued job waits, and runs; queue_until: waits until a name is released (hold_until:
+                     runs until); ignores_cancel=1: once it runs, it finishes. status, units, body and so on are the
+                     job's result's, the connection's weather is the submit's. Ahead of time, a match of queue/status,
+                     queue/result or queue/cancel, with /REQUEST_ID for one job's, is for the next such call:
+                     status, body, delay_s, connection
   (with size_bytes and echo the input is not looked at, and the call is billed as 1 unit)
   all keys: {keys}
 
 What it received and billed
   GET /_sandbox/calls   ?last=N; ?at_least=N&timeout_s=S waits for the Nth call since DELETE /_sandbox/calls
+  GET /_sandbox/jobs    the queue's jobs; DELETE forgets them, as fal does some time after they completed
   GET /_sandbox/bill    by fal's rules: 2xx; 4xx with units; never 5xx, 401, 402, 403. DELETE forgets it.
                         delivered is false where the weather broke the answer on its way: fal did the work all the same
 

@@ -162,6 +162,14 @@ class Forecast:
                 return weather
         return None
 
+    def take_meant_for(self, target: str) -> Weather | None:
+        """The first that was ordered for this very target, never one for any."""
+        for place, (match, weather) in enumerate(self._coming):
+            if match == target:
+                del self._coming[place]
+                return weather
+        return None
+
     def as_json(self) -> list[Mapping[str, Any]]:
         return [as_json(match, weather) for match, weather in self._coming]
 
@@ -178,6 +186,9 @@ class Gates:
 
     def release(self, name: str) -> None:
         self._gate(name).set()
+
+    def is_open(self, name: str) -> bool:
+        return bool(self._gate(name).is_set())
 
     def wait(self, name: str, timeout_s: float) -> bool:
         """Whether the name was released in time."""

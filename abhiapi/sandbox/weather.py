@@ -53,6 +53,10 @@ class Weather:
     size_bytes: int | None = None
     echo: bool = False
     slow_head: Decimal | None = None
+    queue_s: Decimal = Decimal("0.02")  # of queued jobs, as are all below
+    run_s: Decimal = Decimal("0.03")
+    queue_until: str | None = None
+    ignores_cancel: bool = False
 
     @property
     def keeps_body(self) -> bool:
@@ -198,4 +202,8 @@ _PARSERS = {
     "size_bytes": lambda value: _whole(value, SIZE_MIN_BYTES, SIZE_MAX_BYTES),
     "echo": _flag,
     "slow_head": _seconds,
+    "queue_s": _seconds,
+    "run_s": _seconds,
+    "queue_until": _name,
+    "ignores_cancel": _flag,
 }

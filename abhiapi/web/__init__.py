@@ -12,14 +12,14 @@ from flask_limiter import Limiter
 from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from abhiapi import wire
+from abhiapi import gateway, queue_gateway, queuewire, wire
 from abhiapi.errors import STATUS_NAMES, AbhiError, BodyTooLarge, MethodNotAllowed, RateLimited, UnknownRoute
 from abhiapi.runtime import Runtime
 from abhiapi.web import api, proxy
 from abhiapi.web.caller import request_key
 
 # What Flask serves, or refuses: everything else is a call. The refused ones mint credentials at fal or reach into
-# the operator's account (contract 3.1), or will be served by the queue.
+# the operator's account (contract 3.1), or are the queue's.
 _OWN_PATHS = frozenset(("/", "/healthz", "/metrics", "/docs", "/openapi.json", "/favicon.ico", "/robots.txt"))
 _OWN_ROOTS = frozenset(("v1", "dashboard", "static", "queue", "api", "tokens", "storage", ".well-known"))
 
@@ -71,9 +71,11 @@ def _door(rt: Runtime, flask_app: WsgiApp) -> WsgiApp:
 
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path: str = environ.get("PATH_INFO") or "/"
+        if path.startswith(queuewire.PREFIXES):
+            return proxy.serve(rt, environ, start_response, queue_gateway.run)
         if path.startswith("/") and is_own_path(path):
             return flask_app(environ, start_response)
-        return proxy.serve(rt, environ, start_response)
+        return proxy.serve(rt, environ, start_response, gateway.run)
 
     return application
 

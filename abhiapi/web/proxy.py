@@ -6,6 +6,7 @@ counts (docs/decisions/0001).
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from urllib.parse import parse_qsl, quote
 
 import gevent
 
-from abhiapi import gateway, jsonbytes, wire
+from abhiapi import admission, jsonbytes, wire
+from abhiapi.admission import Reply, ReplyBody, Request
 from abhiapi.errors import BodyIncomplete, BodyTooLarge, MalformedJson, StorageUnavailable
 from abhiapi.http_adapter import FileBody
 from abhiapi.runtime import Runtime, log
@@ -25,22 +27,26 @@ from abhiapi.settings import STALL_S, UPLOAD_S
 IN_MEMORY_BYTES = 256 * 1024  # larger request bodies lie in a temporary file while they wait for fal
 READ_BYTES = 64 * 1024
 _JSON_NAMES = {list: "an array", str: "a string", bool: "true or false", type(None): "null"}
+_HOST = re.compile(r"[A-Za-z0-9._-]{1,253}(:\d{1,5})?|\[[0-9A-Fa-f:.]{2,45}\](:\d{1,5})?")
 
 Environ = dict[str, Any]
 StartResponse = Callable[..., Any]
 
 
-def serve(rt: Runtime, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-    """Answer one call."""
+Run = Callable[[Runtime, Request], Reply]
+
+
+def serve(rt: Runtime, environ: Environ, start_response: StartResponse, run: Run) -> Iterable[bytes]:
+    """Answer one call, by `gateway.run` or `queue_gateway.run`."""
     sock = environ.get("gunicorn.socket")
     if sock is not None:
         sock.settimeout(STALL_S)
     try:
         with _Files() as files:
-            reply = gateway.run(rt, _request(rt, environ, files))
+            reply = run(rt, _request(rt, environ, files))
     except Exception:  # a bug of ours; the gateway has ended the hold
         log.exception("a call failed")
-        reply = gateway.internal_error()
+        reply = admission.internal_error()
     if environ["REQUEST_METHOD"] == "HEAD" and isinstance(reply.body, bytes):
         reply.body = b""
     body = (reply.body,) if isinstance(reply.body, bytes) else _Closing(reply.body)
@@ -56,7 +62,7 @@ def serve(rt: Runtime, environ: Environ, start_response: StartResponse) -> Itera
 class _Closing:
     """An answer in pieces, with the ``close`` that WSGI servers call at its end, an error, or a hang-up."""
 
-    def __init__(self, body: gateway.MeteredBody) -> None:
+    def __init__(self, body: ReplyBody) -> None:
         self._body = body
         self.close = body.close
 
@@ -64,19 +70,35 @@ class _Closing:
         return iter(self._body)
 
 
-def _request(rt: Runtime, environ: Environ, files: _Files) -> gateway.Request:
+def _request(rt: Runtime, environ: Environ, files: _Files) -> Request:
     raw_uri = environ.get("RAW_URI") or _rebuilt_uri(environ)
     path, _, query = raw_uri.partition("?")
     headers = {name[5:].replace("_", "-").lower(): value for name, value in environ.items() if name[:5] == "HTTP_"}
     if environ.get("CONTENT_TYPE"):
         headers["content-type"] = environ["CONTENT_TYPE"]
-    return gateway.Request(
+    return Request(
         method=environ["REQUEST_METHOD"],
         path=path,
         query=query,
         headers=headers,
         read_body=lambda: _read_body(environ, rt.settings.max_body_bytes, headers.get("content-type"), query, files),
+        base_url=rt.settings.public_url or _base_url(environ, rt.settings.trusted_proxies),
     )
+
+
+def _base_url(environ: Environ, hops: int) -> str:
+    """This service as the caller addressed it; through reverse proxies, as the outermost trusted one was addressed."""
+    scheme = _forwarded(environ, "HTTP_X_FORWARDED_PROTO", hops) or environ.get("wsgi.url_scheme", "http")
+    host = _forwarded(environ, "HTTP_X_FORWARDED_HOST", hops) or environ.get("HTTP_HOST", "")
+    if not _HOST.fullmatch(host):
+        host = f"{environ.get('SERVER_NAME', '127.0.0.1')}:{environ.get('SERVER_PORT', '80')}"
+    return f"{'https' if scheme == 'https' else 'http'}://{host}"
+
+
+def _forwarded(environ: Environ, name: str, hops: int) -> str | None:
+    """What the trusted proxies say, the way `ProxyFix` reads it: the value that the outermost of them added."""
+    values = [value.strip() for value in environ.get(name, "").split(",")]
+    return values[-hops] or None if 0 < hops <= len(values) else None
 
 
 def _rebuilt_uri(environ: Environ) -> str:

@@ -1,0 +1,266 @@
+"""What every call passes before fal hears of it, and how its hold ends: shared by `gateway` and `queue_gateway`.
+
+    within_limits: authenticate -> limits -> (the call) -> the headers that every answer carries
+    hold: the credit set aside and the call written, durably
+    settle: the hold ended, durably, once
+
+Plain values in and out; no web framework.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any, Protocol
+
+from abhiapi import calls, jsonbytes, keys, prices, pricing, wire
+from abhiapi.db import Tx
+from abhiapi.errors import AbhiError, ChargeNotRecorded, DatabaseUnavailable, UnknownRoute, UpstreamError
+from abhiapi.ids import call_text
+from abhiapi.metering import Verdict
+from abhiapi.money import Micros, credits_text
+from abhiapi.runtime import SETTLE_PATIENCE_S, Runtime
+
+log = logging.getLogger("abhiapi")
+
+# Answers up to this size are read whole before the first byte leaves, so that their charge can stand in the headers.
+WHOLE_BYTES_MAX = 64 * 1024
+
+
+class RequestBody(Protocol):
+    """The caller's body: what goes to fal byte for byte (bytes, a `http_adapter.Body`, or None), and what it says."""
+
+    @property
+    def content(self) -> Any: ...
+
+    @property
+    def call_input(self) -> Mapping[str, Any]: ...
+
+
+class ReplyBody(Protocol):
+    """An answer in pieces. ``close`` is called whatever happens, and calls ``when_closed`` once."""
+
+    when_closed: Callable[[], None]
+
+    def __iter__(self) -> Iterator[bytes]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A caller's request in plain values. ``path`` and ``query`` are raw, as they came over the wire."""
+
+    method: str
+    path: str
+    query: str
+    headers: Mapping[str, str]  # names in lower case
+    read_body: Callable[[], RequestBody]  # raises MalformedJson, BodyTooLarge, BodyIncomplete
+    base_url: str = ""  # this service as the caller sees it
+
+
+@dataclass(slots=True)
+class Reply:
+    """What goes back: either all bytes at once, or pieces with a ``close`` that must be called."""
+
+    status: int
+    headers: wire.Headers
+    body: bytes | ReplyBody
+
+
+@dataclass(slots=True)
+class Call:
+    """One admitted call on its way."""
+
+    open: calls.OpenCall
+    price: pricing.Price
+    call_input: Mapping[str, Any]
+    dialect: wire.Dialect
+    started: float = field(default_factory=monotonic)
+    is_ending: bool = False  # its hold is being ended, or has been: nobody else may try
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a call's hold ended: what it cost and the balance after it."""
+
+    charge_micros: Micros
+    balance_micros: Micros
+
+    def headers(self) -> wire.Headers:
+        return [
+            ("x-abhiapi-credits-used", credits_text(self.charge_micros)),
+            ("x-abhiapi-balance-remaining", credits_text(self.balance_micros)),
+        ]
+
+
+Serve = Callable[[Runtime, keys.Caller, int, Request, wire.Dialect], Reply]
+
+
+def within_limits(rt: Runtime, request: Request, serve: Serve) -> Reply:
+    """Answer one call of a known caller within its limits. Never raises an `AbhiError`: it answers with it."""
+    key, dialect = wire.caller_key(request.headers)
+    call_id = rt.call_ids.new(rt.now_ms())
+    shown = [("x-abhiapi-call-id", call_text(call_id))]
+    try:
+        caller = rt.authenticate(key)
+    except AbhiError as error:
+        return with_headers(refusal(rt, error, dialect), shown)
+    try:
+        lease = rt.limits.enter(caller.key_id, caller.plan)
+    except AbhiError as error:
+        return with_headers(refusal(rt, error, dialect), shown + rt.limits.headers(caller.key_id, caller.plan))
+    try:
+        reply = serve(rt, caller, call_id, request, dialect)
+    except AbhiError as error:
+        reply = refusal(rt, error, dialect)
+    except BaseException:
+        lease.release()
+        raise
+    if isinstance(reply.body, bytes):
+        lease.release()
+    else:
+        reply.body.when_closed = lease.release
+    return with_headers(reply, shown + rt.limits.headers(caller.key_id, caller.plan))
+
+
+def refuse_target(request: Request) -> None:
+    """Raises `UnknownRoute` for a request in the proxy protocol of fal's JavaScript client."""
+    if "x-fal-target-url" in request.headers:
+        raise UnknownRoute("x-fal-target-url is not served here: call /{any-fal-path} on this host")
+
+
+def hold(rt: Runtime, caller: keys.Caller, call: calls.OpenCall, price: pricing.Price, mode: calls.Mode) -> int:
+    """Set the credit aside and write the call, durably. Raises InsufficientCredits, DatabaseUnavailable (503).
+
+    Gives the number of the price as recorded.
+    """
+    now = rt.now_ms()
+    identity = price.identity()
+    known_price_id = rt.price_ids.get(identity)
+
+    def admit(tx: Tx) -> int:
+        price_id = known_price_id or prices.version_of(tx, price, now_ms=now)
+        calls.admit(
+            tx,
+            calls.Admission(
+                call=call,
+                price_id=price_id,
+                process_id=rt.process_id,
+                mode=mode,
+                deadline_at=now + rt.settings.longest_call_s * 1000,
+                created_at=now,
+            ),
+        )
+        if now - caller.last_used_at >= keys.LAST_USED_STEP_MS:
+            keys.touch(tx, call.key_id, now)
+        return price_id
+
+    price_id = rt.price_ids[identity] = rt.write(admit)
+    rt.working_on.add(call.call_id)
+    return price_id
+
+
+def settle(
+    rt: Runtime,
+    call: Call,
+    verdict: Verdict,
+    *,
+    http_status: int | None = None,
+    fal_request_id: str | None = None,
+) -> Outcome:
+    """End the hold, durably, and tell what it cost. Raises `ChargeNotRecorded` when the database takes no write."""
+    now = rt.now_ms()
+    call.is_ending = True
+
+    def finish(tx: Tx, by: Verdict = verdict) -> Outcome:
+        balance = calls.finish(tx, call.open, by, now_ms=now, http_status=http_status, fal_request_id=fal_request_id)
+        return Outcome(by.charge_micros, balance)
+
+    try:
+        outcome = rt.write(finish, patience_s=SETTLE_PATIENCE_S)
+    except calls.CallEnded:
+        outcome = Outcome(*rt.reader.read(lambda tx: calls.ended_as(tx, call.open.call_id)))
+        log.error("%s was ended by somebody else before its answer was settled", call_text(call.open.call_id))
+    except DatabaseUnavailable as error:
+        rt.metrics.parked.inc()
+        rt.settle_later(finish, call.open.call_id)
+        log.error("the charge of %s could not be written yet: %s", call_text(call.open.call_id), error.message)
+        raise ChargeNotRecorded(
+            "fal answered, and the charge could not be written down, so the answer is withheld. "
+            "It is settled as soon as the database takes writes again"
+        ) from error
+    except AbhiError as error:  # the ledger refuses such a charge: the operator is asked
+        unknown = Verdict("unknown", units=verdict.units, reason="charge_refused")
+        outcome = rt.write(lambda tx: finish(tx, unknown), patience_s=SETTLE_PATIENCE_S)
+        log.error("the charge of %s was refused by the ledger: %s", call_text(call.open.call_id), error.message)
+    except BaseException:  # a bug: whatever the row says, the sweep may end it in time
+        rt.working_on.discard(call.open.call_id)
+        raise
+    rt.working_on.discard(call.open.call_id)
+    count(rt, call.open, verdict, outcome)
+    rt.metrics.fal_seconds.observe(monotonic() - call.started)
+    return outcome
+
+
+def count(rt: Runtime, call: calls.OpenCall, verdict: Verdict, outcome: Outcome) -> None:
+    """An ended hold, in the metrics; and in the log where it was too small."""
+    rt.metrics.ended[verdict.end].inc()
+    rt.metrics.credits.inc(outcome.charge_micros)
+    if outcome.charge_micros > call.held_micros:
+        rt.metrics.over_hold.inc()
+        log.warning("%s (%s) cost more than its hold", call_text(call.call_id), call.model)
+
+
+def whole_answer(
+    rt: Runtime,
+    model: str,
+    status: int,
+    headers: wire.Headers,
+    whole: bytes,
+    outcome: Outcome,
+    *,
+    is_json: bool,
+    of_fal: int,
+) -> Reply:
+    """A small answer with its charge. Errors that are no JSON, and what shows the credential, get our words instead."""
+    member = wire.billing_member(model, outcome.charge_micros, outcome.balance_micros)
+    secret = wire.worth_hiding(rt.settings.fal_key)
+    shows_secret = secret is not None and secret.encode() in whole
+    if shows_secret or (of_fal >= 400 and not (is_json and jsonbytes.is_json(whole))):
+        error = UpstreamError(f"fal answered with status {of_fal} and no explanation")
+        status = status if of_fal >= 400 else error.status
+        headers = [(name, value) for name, value in headers if not name.lower().startswith("content-")]
+        headers.append(("Content-Type", "application/json"))
+        whole = wire.error_body(error, status=status, billing=member)
+    elif is_json:
+        whole = jsonbytes.spliced(whole, member)
+    headers.append(("Content-Length", str(len(whole))))
+    return Reply(status, headers + outcome.headers(), whole)
+
+
+def refusal(rt: Runtime, error: AbhiError, dialect: wire.Dialect) -> Reply:
+    shown = wire.error_for(dialect, error)
+    rt.metrics.refused.labels(shown.type).inc()
+    body = wire.error_body(shown)
+    headers = json_headers(body)
+    if shown.retry_after_s is not None:
+        headers.append(("Retry-After", str(shown.retry_after_s)))
+    return Reply(shown.status, headers, body)
+
+
+def internal_error() -> Reply:
+    """The answer to a call that met a bug of ours."""
+    body = wire.error_body(AbhiError("something went wrong here: tell the operator of this service"))
+    return Reply(500, json_headers(body), body)
+
+
+def json_headers(body: bytes) -> wire.Headers:
+    return [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+
+
+def with_headers(reply: Reply, headers: wire.Headers) -> Reply:
+    reply.headers.extend(headers)
+    return reply
