@@ -94,16 +94,16 @@ def test_a_full_disk_refuses_calls_and_recovers(server: Server, fal: Fal, tmp_pa
 
 
 def test_a_lost_database_file_refuses_calls_and_recovers(server: Server, fal: Fal, tmp_path: Path) -> None:
-    """Writing on into a file that has no name any more would lose every charge."""
+    """Writing on into a file that has no name any more would lose every charge; so would an empty one in its place,
+    for which SQLite removes the log with the latest of them."""
     name, key = server.books.account(100)
     assert server.post(key).status_code == 200
     path = server.books.database.path
-    with sqlite3.connect(path) as connection:
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    connection.close()
     aside = path.with_name("aside.db")
     path.rename(aside)
     refused_unpaid(server, fal, key, f"gone {tmp_path.name}")
+    listed = requests.get(server.url + "/v1/calls", headers={"x-api-key": key}, timeout=20)
+    assert listed.status_code == 503
     assert not path.exists(), "no empty database may take its place"
     aside.rename(path)
     served(server, key)

@@ -254,7 +254,7 @@ def _die(rt: runtime.Runtime) -> None:
 
 TestLedger = Ledger.TestCase
 TestLedger.settings = settings(
-    max_examples=100,
+    max_examples=70,
     stateful_step_count=30,
     deadline=None,
     derandomize=True,

@@ -105,6 +105,7 @@ ENTRY = (
         (f"{ENTRY} VALUES (1, 99, 'topup', 0, 0, NULL, NULL, 1, randomblob(32))", "CHECK"),
         (f"{ENTRY} VALUES (1, 99, 'topup', 1, 0, NULL, NULL, 1, x'00')", "CHECK"),
         (f"{ENTRY} VALUES (77, 1, 'topup', 1, 0, NULL, NULL, 1, randomblob(32))", "FOREIGN KEY"),
+        ("UPDATE calls SET mode = 'queue', fal_request_id = 'one job'", "UNIQUE"),
         ("INSERT INTO accounts (name, created_at) VALUES ('', 1)", "CHECK"),
         ("INSERT INTO accounts (name, created_at) VALUES ('ann', 1)", "UNIQUE"),
     ],
