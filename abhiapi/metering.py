@@ -1,7 +1,7 @@
 """What fal's answer means for the hold: charge it, release it, or leave it to the operator (contract 3.5).
 
 Pure. `verdict` is one decision over the status, fal's ``x-fal-billable-units`` and, where that is missing, the
-answer itself. It never guesses: an outcome that cannot be computed is a state (`UNKNOWN`), not a number.
+answer itself. It never guesses: an outcome that cannot be computed is a state (``unknown``), not a number.
 """
 
 from __future__ import annotations

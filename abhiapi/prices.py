@@ -5,7 +5,6 @@ What a price *is* lives in `pricing`; this module only reads and writes. Both ta
 
 from __future__ import annotations
 
-import re
 from decimal import Decimal
 
 from sqlalchemy import bindparam, func, insert, select
@@ -15,9 +14,7 @@ from abhiapi.db import Tx
 from abhiapi.errors import BadRequest
 from abhiapi.ids import time_text
 from abhiapi.money import Micros
-from abhiapi.pricing import OwnPrice, Price, decimal_text
-
-_MODEL = re.compile(r"[\w.-]+(/[\w.-]+)+", re.ASCII)
+from abhiapi.pricing import MODEL_ID, OwnPrice, Price, decimal_text
 
 _o = tables.own_prices.c
 _v = tables.price_versions.c
@@ -87,7 +84,7 @@ def check_model(text: str) -> str:
     if model.endswith("/stream"):
         model = model.removesuffix("/stream")
         raise BadRequest(f"the price of a model covers its /stream: set it for {model}")
-    if not _MODEL.fullmatch(model) or {".", ".."} & set(model.split("/")):
+    if not MODEL_ID.fullmatch(model) or {".", ".."} & set(model.split("/")):
         raise BadRequest(f"{text!r} is no model: write its path at fal.run, such as fal-ai/flux/dev")
     return model
 

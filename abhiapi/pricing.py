@@ -34,6 +34,7 @@ from abhiapi.money import EXACT, MICROS_MAX, Micros, credits_text, parse_amount,
 __all__ = [
     "IMAGE_SIZES",
     "KINDS",
+    "MODEL_ID",
     "Catalogue",
     "Ceiling",
     "Estimate",
@@ -57,7 +58,7 @@ __all__ = [
 UNIT_PRICE_MAX = Decimal(100_000)
 
 _PRICE = re.compile(r"[0-9]{1,6}(\.[0-9]{1,12})?")
-_MODEL = re.compile(r"[\w.-]+(/[\w.-]+)+", re.ASCII)
+MODEL_ID = re.compile(r"[\w.-]+(/[\w.-]+)+", re.ASCII)
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _TOML_NAMES: Mapping[type, str] = {str: "text", list: "list", dict: "table"}
 
@@ -337,7 +338,7 @@ def _parse_rules(row: _Table) -> list[PriceRule]:
     models = [row.text("id")] if row.has("id") or not row.has("ids") else row.take("ids", list, [])
     row.name = str(models[0]) if models else row.name
     for model in models:
-        if not (isinstance(model, str) and _MODEL.fullmatch(model)):
+        if not (isinstance(model, str) and MODEL_ID.fullmatch(model)):
             row.problem(f"{shown(str(model))!r} is no model id")
     unit, source, seen = row.text("unit"), row.text("source"), row.text("seen")
     try:

@@ -21,7 +21,7 @@ from abhiapi.money import Micros
 
 Grouping = Literal["day", "model", "key", "account"]
 EPOCH = date(1970, 1, 1)
-FIRST, LAST = 2**63 - 1, -(2**63)  # cursors before the newest and after the oldest
+FIRST = 2**63 - 1  # the cursor before the newest
 
 _c = tables.calls.c
 _p = tables.price_versions.c
