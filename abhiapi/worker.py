@@ -1,7 +1,8 @@
 """gunicorn's gevent worker with less to do for each request: one send for head and first bytes, no access log.
 
 Everything that decides (parsing, keep-alive, timeouts, shutting down, reloading) is gunicorn's own; what is left out
-are hooks and measurements that we do not use (docs/decisions/0010).
+are hooks and measurements that we do not use (docs/decisions/0010). What gunicorn cannot read is refused in our words:
+its own page and log line repeat what was sent, and that may be a key.
 """
 
 from __future__ import annotations
@@ -9,11 +10,24 @@ from __future__ import annotations
 import socket
 import time
 from email.utils import formatdate
+from http.client import responses
 from typing import Any
 
 from gevent import GreenletExit
+from gunicorn.http import errors as http_errors
 from gunicorn.http import wsgi
 from gunicorn.workers.ggevent import GeventWorker
+
+from abhiapi import wire
+from abhiapi.errors import AbhiError, BadRequest
+
+# What gunicorn refuses by another status than 400.
+_REFUSALS = (
+    (http_errors.LimitRequestLine, 414, "the request's path and query are too long: send large inputs in the body"),
+    (http_errors.LimitRequestHeaders, 431, "the request's headers are too many or too large"),
+    (http_errors.UnsupportedTransferCoding, 501, "the request's transfer coding is not known here: use chunked"),
+    (http_errors.ExpectationFailed, 417, "the request expects something that is not done here"),
+)
 
 
 class OneSendResponse(wsgi.Response):  # type: ignore[misc]  # gunicorn has no types
@@ -94,6 +108,34 @@ class LeanWorker(GeventWorker):  # type: ignore[misc]
         if response.should_close():
             raise StopIteration
         return True
+
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
+        """Answer what could not be read, or failed before its answer began, in our words; nothing is repeated."""
+        status, error = _refusal(exc)
+        if status == 500:
+            self.log.error("a request failed", exc_info=exc)
+        else:
+            self.log.info("a request was no HTTP: %s", type(exc).__name__)
+        body = wire.error_body(error, status=status)
+        head = (
+            f"HTTP/1.1 {status} {responses.get(status, 'Error')}\r\nConnection: close\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        try:
+            client.sendall(head.encode() + body)
+        except OSError:
+            pass  # the caller is gone
+
+
+def _refusal(exc: BaseException) -> tuple[int, AbhiError]:
+    """What a request that gunicorn gave up is answered with."""
+    is_ours = isinstance(exc, http_errors.InvalidResponseHeader | http_errors.InvalidResponseHeaderName)
+    if is_ours or not isinstance(exc, http_errors.ParseException):
+        return 500, AbhiError("something went wrong here: tell the operator of this service")
+    for kind, status, message in _REFUSALS:
+        if isinstance(exc, kind):
+            return status, BadRequest(message)
+    return 400, BadRequest("the request is no HTTP that this server can read: nothing was forwarded")
 
 
 def _cut(sock: Any) -> None:

@@ -50,6 +50,15 @@ def exchange(url: str, data: bytes) -> Answer:
         return read_answer(sock)
 
 
+def exchange_unread(url: str, data: bytes) -> Answer | None:
+    """As `exchange`; None where the server ended the connection while it was still being sent to."""
+    try:
+        answer = exchange(url, data)
+    except ConnectionError:
+        return None
+    return answer if answer.status else None
+
+
 def read_answer(sock: socket.socket) -> Answer:
     """One answer from a connection, chunks undone."""
     stream = sock.makefile("rb")

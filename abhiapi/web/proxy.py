@@ -231,7 +231,7 @@ def _read_up_to(stream: IO[bytes], amount: int, deadline: float) -> bytes:
     while amount > 0:
         try:
             piece = stream.read(amount)
-        except OSError as error:
+        except Exception as error:  # of the connection, or of the server in front that could not read a chunk
             raise BodyIncomplete("the request's body broke off: nothing was forwarded") from error
         if not piece:
             break
