@@ -24,8 +24,30 @@ log = logging.getLogger("abhiapi")
 
 Step = Callable[[sqlite3.Connection], None]
 
+_IDEMPOTENCY_KEYS = """
+CREATE TABLE idempotency_keys (
+    account_id      INTEGER NOT NULL REFERENCES accounts,
+    digest          BLOB    NOT NULL CHECK (length(digest) = 32),
+    request_digest  BLOB    NOT NULL CHECK (length(request_digest) = 32),
+    call_id         INTEGER NOT NULL REFERENCES calls,
+    status          INTEGER,
+    headers         TEXT,
+    body            BLOB,
+    created_at      INTEGER NOT NULL,
+    PRIMARY KEY (account_id, digest),
+    CHECK ((status IS NULL) = (headers IS NULL) AND (status IS NULL) = (body IS NULL))
+) STRICT;
+CREATE INDEX idempotency_keys_by_age ON idempotency_keys (created_at);
+"""
+
+
+def _add_idempotency_keys(connection: sqlite3.Connection) -> None:
+    for statement in statements(_IDEMPOTENCY_KEYS):
+        connection.execute(statement)
+
+
 # Version 1 is the first schema there was.
-STEPS: tuple[Step, ...] = ()
+STEPS: tuple[Step, ...] = (_add_idempotency_keys,)
 VERSION = 1 + len(STEPS)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import gevent
+from gevent.event import Event
 
 from abhiapi import keys, prices, pricing, processes
 from abhiapi.committer import GroupCommitter, Reader, in_thread
@@ -59,6 +60,7 @@ class Runtime:
     _catalogue: pricing.Catalogue | None = None
     _catalogue_version: int = -1
     price_ids: dict[tuple[str, ...], int] = field(default_factory=dict)
+    answering: dict[int, Event] = field(default_factory=dict)  # calls whose answer may still be kept for a repeat
     working_on: set[int] = field(default_factory=set)  # calls that this process will end: no sweep touches them
 
     def write(self, op: Callable[[Tx], T], *, patience_s: float = HOLD_PATIENCE_S) -> T:

@@ -2,6 +2,8 @@
 
 A held call's answer was not seen by anybody and never will be, so its hold is released (contract 3.5, last row). A
 submit is another matter: fal may have accepted the job, which then runs and costs, so its hold stands for the operator.
+Idempotency keys that are a day old go here too.
+
 Run when a process starts and on a timer; safe to run in several at once, since ending a hold is conditional.
 """
 
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import logging
 
-from abhiapi import calls, processes
+from abhiapi import calls, idempotency, processes
 from abhiapi.db import Tx
 from abhiapi.metering import SUBMIT_UNKNOWN, released
 from abhiapi.runtime import Runtime
@@ -28,6 +30,7 @@ def run_once(runtime: Runtime) -> int:
     for process_id in sorted(set(pids) - {runtime.process_id}):
         if processes.reap(runtime.database.path, process_id, pids[process_id]):
             count += _sweep_process(runtime, process_id)
+    _forget_old_keys(runtime)
     if count:
         runtime.metrics.swept.inc(count)
         log.warning("ended %d holds whose process or time was over", count)
@@ -50,6 +53,12 @@ def _sweep_process(runtime: Runtime, process_id: int) -> int:
     count = _until_none_left(runtime, release)
     runtime.write(lambda tx: processes.end(tx, process_id, now_ms=runtime.now_ms()), patience_s=30)
     return count
+
+
+def _forget_old_keys(runtime: Runtime) -> None:
+    """Remove idempotency keys that have had their day, with the answers kept under them."""
+    while expired := runtime.reader.read(lambda tx: idempotency.expired(tx, now_ms=runtime.now_ms(), most=BATCH)):
+        runtime.write(lambda tx, gone=expired: idempotency.forget(tx, gone), patience_s=30)  # type: ignore[misc]
 
 
 def _until_none_left(runtime: Runtime, release_batch: calls.BatchOp) -> int:
