@@ -55,6 +55,7 @@ class Runtime:
     lock: processes.ProcessLock
     rules: tuple[pricing.PriceRule, ...]
     now_ms: NowMs = system_now_ms
+    is_command: bool = False  # run by hand beside a server, which knows more of its own jobs (`settlement`)
     polls: Polls = field(default_factory=Polls)
     call_ids: CallIds = field(default_factory=CallIds)
     _catalogue: pricing.Catalogue | None = None
@@ -113,6 +114,7 @@ def start(
     *,
     now_ms: NowMs = system_now_ms,
     rules: tuple[pricing.PriceRule, ...] | None = None,
+    is_command: bool = False,
 ) -> Runtime:
     """Open everything that serving needs. Raises `SettingsError`, `SchemaError`, `DatabaseUnavailable`."""
     if settings.fal_key is None:
@@ -138,6 +140,7 @@ def start(
         lock=lock,
         rules=rules if rules is not None else pricing.shipped_rules(),
         now_ms=now_ms,
+        is_command=is_command,
     )
     metrics.gauge("abhiapi_in_flight", "Calls running just now", runtime.limits.in_flight)
     return runtime
