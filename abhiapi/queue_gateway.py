@@ -14,20 +14,7 @@ import logging
 from collections.abc import Callable, Generator, Iterator
 from time import monotonic
 
-from abhiapi import (
-    admission,
-    calls,
-    encodings,
-    jobs,
-    jsonbytes,
-    keys,
-    metering,
-    pricing,
-    queuewire,
-    replay,
-    settlement,
-    wire,
-)
+from abhiapi import admission, calls, encodings, jobs, jsonbytes, keys, metering, pricing, queuewire, settlement, wire
 from abhiapi.admission import WHOLE_BYTES_MAX, Call, Outcome, Reply, Request
 from abhiapi.db import Tx
 from abhiapi.errors import (
@@ -47,6 +34,7 @@ from abhiapi.ids import call_text
 from abhiapi.jobs import Job
 from abhiapi.metering import Verdict
 from abhiapi.money import Micros
+from abhiapi.replay import once
 from abhiapi.runtime import Runtime
 from abhiapi.settings import SLOW_CALLER_S
 from abhiapi.settlement import Seen
@@ -72,7 +60,7 @@ def run(rt: Runtime, request: Request) -> Reply:
         def submit(rt: Runtime, caller: keys.Caller, call_id: int, request: Request, dialect: wire.Dialect) -> Reply:
             return _submit(rt, caller, call_id, request, dialect, route.target)
 
-        return admission.within_limits(rt, request, replay.once(submit))
+        return admission.within_limits(rt, request, once(submit))
     key, dialect = wire.caller_key(request.headers)
     try:
         caller = rt.authenticate(key, may_be_suspended=True)  # who has paid may have what was paid for

@@ -13,103 +13,37 @@ from typing import Any
 
 import gevent
 import pytest
-from gevent.event import Event
 
-from abhiapi import admission, calls, gateway, idempotency, ledger, queue_gateway, replay, runtime, sweep
+from abhiapi import admission, calls, idempotency, ledger, replay
 from abhiapi.errors import DatabaseUnavailable, UpstreamBroken, UpstreamTimeout, UpstreamUnreachable
 from abhiapi.http_adapter import FileBody
 from abhiapi.ids import call_text
 from abhiapi.metering import released
 from abhiapi.money import Micros
-from abhiapi.processes import lock_path
-from abhiapi.settings import Settings
-from tests.harness import OPERATOR_KEY, Books, Clock
-from tests.scripted import FLUX, JSON, PICTURE, UNITS, Body, House, ScriptedFal, answer
+from tests.harness import Clock
+from tests.keyed import (
+    JOB,
+    MEGAPIXEL,
+    QUEUE,
+    START,
+    ask,
+    charges,
+    drained,
+    error_of,
+    header,
+    house_of,
+    is_replay,
+    kept_keys,
+)
+from tests.scripted import FLUX, JSON, PICTURE, UNITS, Body, House, answer
 
-MEGAPIXEL = 26_250
-START = 1_000_000
-DAY_MS = 24 * 3_600_000
 LARGE = b'{"image":{"content":"' + b"x" * 100_000 + b'"}}'
-JOB = b'{"request_id":"job-1","status":"IN_QUEUE"}'
-QUEUE = "/queue/fal-ai/flux/dev"
-
-
-def started(folder: Path, clock: Clock) -> tuple[runtime.Runtime, ScriptedFal]:
-    """A serving process on the database in ``folder``, with one fal for calls and jobs."""
-    url = f"sqlite:///{folder / 'abhiapi.db'}"
-    rt = runtime.start(Settings.from_env({"FAL_KEY": OPERATOR_KEY, "ABHIAPI_DATABASE_URL": url}), now_ms=clock)
-    rt.fal_run.close()
-    rt.fal_queue.close()
-    rt.fal_run = rt.fal_queue = fal = ScriptedFal()  # type: ignore[assignment]
-    return rt, fal
 
 
 @pytest.fixture
 def house(tmp_path: Path, clock: Clock) -> Iterator[House]:
-    rt, fal = started(tmp_path, clock)
-    books = Books(rt.database, clock)
-    account, key = books.account(1000, plan="pro")
-    yield House(rt, fal, books, account, key)
-    assert rt.limits.in_flight() == 0
-    assert rt.answering == {}
-    assert books.verify().problems == []
-    rt.close()
-
-
-def ask(
-    house: House,
-    path: str = FLUX,
-    *,
-    idempotency_key: str | None = "k1",
-    body: Any = b'{"prompt":"a cat"}',
-    method: str = "POST",
-    query: str = "",
-    content_type: str = "application/json",
-    key: str | None = None,
-    rt: runtime.Runtime | None = None,
-    has_hung_up: Any = lambda: False,
-) -> admission.Reply:
-    headers = {"x-api-key": key or house.key, "content-type": content_type}
-    if idempotency_key is not None:
-        headers["idempotency-key"] = idempotency_key
-    read = Body(body, json.loads(body) if isinstance(body, bytes) and body else {})
-    run = queue_gateway.run if path.startswith("/queue/") else gateway.run
-    request = admission.Request(
-        method, path, query, headers, lambda: read, base_url="https://here", has_hung_up=has_hung_up
-    )
-    return run(rt or house.rt, request)
-
-
-def header(reply: admission.Reply, name: str) -> str | None:
-    return dict(reply.headers).get(name)
-
-
-def is_replay(reply: admission.Reply) -> bool:
-    return header(reply, "idempotency-replayed") == "true"
-
-
-def error_of(reply: admission.Reply) -> tuple[int, str]:
-    assert isinstance(reply.body, bytes)
-    return reply.status, json.loads(reply.body)["error"]["type"]
-
-
-def drained(reply: admission.Reply) -> bytes:
-    """A whole answer, its hold ended."""
-    if isinstance(reply.body, bytes):
-        return reply.body
-    try:
-        return b"".join(reply.body)
-    finally:
-        reply.body.close()
-
-
-def charges(house: House) -> int:
-    return len([entry for entry in house.books.entries(house.account) if entry.kind == "charge"])
-
-
-def kept_keys(house: House) -> int:
-    with closing(sqlite3.connect(house.rt.database.path)) as connection:
-        return int(connection.execute("SELECT count(*) FROM idempotency_keys").fetchone()[0])
+    with house_of(tmp_path, clock) as made:
+        yield made
 
 
 # --- the same request again -------------------------------------------------------------------------------------
@@ -342,188 +276,6 @@ def test_a_charge_that_waits_for_the_disk_is_waited_for(house: House, monkeypatc
         reply = repeat.get(timeout=20)
     assert error_of(reply) == (410, "idempotency_answer_gone")
     assert len(house.fal.sent) == charges(house) == 1
-
-
-# --- one day ----------------------------------------------------------------------------------------------------
-
-
-def test_a_key_is_kept_for_a_day(house: House, clock: Clock) -> None:
-    ask(house)
-    clock.tick(DAY_MS - 1)
-    sweep.run_once(house.rt)
-    assert is_replay(ask(house))
-    clock.tick(1)
-    house.fal.answer = answer([PICTURE])
-    assert not is_replay(ask(house, body=b'{"prompt":"another cat"}'))  # forgotten even before it is swept
-    assert len(house.fal.sent) == charges(house) == 2
-    assert kept_keys(house) == 1
-
-
-def test_the_sweep_removes_old_keys_in_batches(house: House, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "BATCH", 3)
-    for number in range(8):
-        house.fal.answer = answer([PICTURE])
-        ask(house, idempotency_key=f"k{number}")
-    clock.tick(DAY_MS - 1)
-    house.fal.answer = answer([PICTURE])
-    ask(house, idempotency_key="younger")
-    clock.tick(1)
-    sweep.run_once(house.rt)
-    assert kept_keys(house) == 1
-    assert is_replay(ask(house, idempotency_key="younger"))
-
-
-def test_a_call_that_may_still_be_charged_keeps_its_key_however_old(house: House, clock: Clock) -> None:
-    house.fal.answer = UpstreamBroken("cut")
-    ask(house, QUEUE)
-    clock.tick(30 * DAY_MS)
-    sweep.run_once(house.rt)
-    assert error_of(ask(house, QUEUE)) == (500, "idempotency_outcome_unknown")
-    assert len(house.fal.sent) == 1
-
-
-# --- at the same time -------------------------------------------------------------------------------------------
-
-
-class Slow:
-    """A fal that answers when told."""
-
-    def __init__(self, house: House) -> None:
-        self.has_it, self.go_on = Event(), Event()
-        house.fal.when_sent = self._wait
-
-    def _wait(self) -> None:
-        self.has_it.set()
-        assert self.go_on.wait(20)
-
-
-def test_requests_that_race_are_one_call(house: House) -> None:
-    slow = Slow(house)
-    asked = [gevent.spawn(ask, house) for _ in range(30)]
-    assert slow.has_it.wait(20)
-    gevent.idle()
-    slow.go_on.set()
-    gevent.joinall(asked, timeout=20, raise_error=True)
-    replies = [greenlet.value for greenlet in asked]
-    assert {reply.body for reply in replies} == {replies[0].body}
-    assert sum(is_replay(reply) for reply in replies) == 29
-    assert len(house.fal.sent) == charges(house) == 1
-
-
-def test_those_who_wait_run_anew_when_the_first_was_given_back(house: House) -> None:
-    """One of them, that is; the others wait for that one."""
-    slow = Slow(house)
-    house.fal.answer = UpstreamUnreachable("no way")
-    asked = [gevent.spawn(ask, house) for _ in range(10)]
-    assert slow.has_it.wait(20)
-
-    def serves() -> None:
-        house.fal.answer = answer([PICTURE])
-
-    house.fal.when_sent = serves
-    slow.go_on.set()
-    gevent.joinall(asked, timeout=20, raise_error=True)
-    statuses = sorted(greenlet.value.status for greenlet in asked)
-    assert statuses == [200] * 9 + [502]
-    assert len(house.fal.sent) == 2
-    assert charges(house) == 1
-
-
-def test_another_request_is_told_at_once_while_the_first_runs(house: House) -> None:
-    slow = Slow(house)
-    first = gevent.spawn(ask, house)
-    assert slow.has_it.wait(20)
-    assert error_of(ask(house, body=b"{}")) == (422, "idempotency_key_reused")
-    slow.go_on.set()
-    assert first.get(timeout=20).status == 200
-
-
-def test_waiting_has_an_end_and_leaves_nothing_behind(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = Slow(house)
-    first = gevent.spawn(ask, house)
-    assert slow.has_it.wait(20)
-    hung_up = ask(house, has_hung_up=lambda: True)
-    assert error_of(hung_up) == (409, "idempotency_in_progress")
-    assert house.rt.limits.in_flight() == 1
-    monkeypatch.setattr(replay, "SETTLE_PATIENCE_S", -house.rt.settings.upstream_timeout_s - 1)
-    impatient = ask(house)
-    assert error_of(impatient) == (409, "idempotency_in_progress")
-    assert header(impatient, "Retry-After") is not None
-    slow.go_on.set()
-    assert first.get(timeout=20).status == 200
-    assert len(house.fal.sent) == 1
-
-
-@pytest.mark.parametrize(("path", "told"), [(FLUX, PICTURE), (QUEUE, JOB)])
-def test_another_process_waits_for_the_first(
-    house: House, tmp_path: Path, clock: Clock, path: str, told: bytes
-) -> None:
-    other, other_fal = started(tmp_path, clock)
-    slow = Slow(house)
-    house.fal.answer = answer([told])
-    first = gevent.spawn(ask, house, path)
-    assert slow.has_it.wait(20)
-    second = gevent.spawn(ask, house, path, rt=other)
-    gevent.idle()
-    slow.go_on.set()
-    assert second.get(timeout=20).body == first.get(timeout=20).body
-    assert is_replay(second.value)
-    assert other_fal.sent == []
-    other.close()
-
-
-def test_an_answer_may_be_kept_a_moment_after_its_charge(
-    house: House, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another process that lives is given that moment; one that is dead has nothing more to keep."""
-    other, other_fal = started(tmp_path, clock)
-    going_to_keep, go_on = Event(), Event()
-    keep = replay._keep
-
-    def slowly(*arguments: Any) -> None:
-        going_to_keep.set()
-        assert go_on.wait(20)
-        keep(*arguments)
-
-    monkeypatch.setattr(replay, "_keep", slowly)
-    first = gevent.spawn(ask, house)
-    assert going_to_keep.wait(20)
-    assert house.last().state == "settled"
-    second = gevent.spawn(ask, house, rt=other)
-    gevent.idle()
-    assert not second.ready()
-    go_on.set()
-    assert second.get(timeout=20).body == first.get(timeout=20).body
-
-    monkeypatch.setattr(replay, "_keep", lambda *_: None)
-    house.fal.answer = answer([PICTURE])
-    ask(house, idempotency_key="crashed")
-    monkeypatch.setattr(replay, "GRACE_S", 3600)
-    house.rt.lock._file.close()  # as the kernel does
-    sweep.run_once(other)
-    assert error_of(ask(house, idempotency_key="crashed", rt=other)) == (410, "idempotency_answer_gone")
-    assert other_fal.sent == []
-    other.close()
-    lock_path(house.rt.database.path, house.rt.process_id).touch()
-
-
-def test_a_call_of_a_dead_process_is_swept_and_runs_anew(house: House, tmp_path: Path, clock: Clock) -> None:
-    slow = Slow(house)
-    lost = gevent.spawn(ask, house)
-    assert slow.has_it.wait(20)
-    other, other_fal = started(tmp_path, clock)
-    repeat = gevent.spawn(ask, house, rt=other)
-    gevent.idle()
-    assert other_fal.sent == []
-    house.rt.lock._file.close()
-    sweep.run_once(other)
-    assert repeat.get(timeout=20).status == 200
-    slow.go_on.set()
-    lost.get(timeout=20)  # the dead do not answer; whatever this one says, it charges nothing
-    assert len(other_fal.sent) == charges(house) == 1
-    assert is_replay(ask(house, rt=other))
-    other.close()
-    lock_path(house.rt.database.path, house.rt.process_id).touch()
 
 
 def test_a_broken_submit_answer_that_is_large_is_not_kept(house: House) -> None:
