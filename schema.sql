@@ -130,6 +130,21 @@ CREATE TABLE usage_daily (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX usage_by_day ON usage_daily (day);
 
+-- Keys that callers gave their requests (Idempotency-Key), for a day: which call a key stands for, and its answer.
+CREATE TABLE idempotency_keys (
+    account_id      INTEGER NOT NULL REFERENCES accounts,
+    digest          BLOB    NOT NULL CHECK (length(digest) = 32),          -- SHA-256 of the key
+    request_digest  BLOB    NOT NULL CHECK (length(request_digest) = 32),  -- SHA-256 of what was asked for under it
+    call_id         INTEGER NOT NULL REFERENCES calls,                     -- whose hold was taken with this row
+    status          INTEGER,                          -- of the answer as it left; NULL: none is kept (yet)
+    headers         TEXT,                             -- a JSON array of [name, value]
+    body            BLOB,
+    created_at      INTEGER NOT NULL,
+    PRIMARY KEY (account_id, digest),
+    CHECK ((status IS NULL) = (headers IS NULL) AND (status IS NULL) = (body IS NULL))
+) STRICT;
+CREATE INDEX idempotency_keys_by_age ON idempotency_keys (created_at);
+
 -- What must never happen is refused by the database itself.
 CREATE TRIGGER entries_are_immutable BEFORE UPDATE ON entries
 BEGIN SELECT RAISE(ABORT, 'ledger entries are never changed'); END;

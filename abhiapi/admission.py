@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Protocol
 
-from abhiapi import calls, jsonbytes, keys, prices, pricing, wire
+from abhiapi import calls, idempotency, jsonbytes, keys, prices, pricing, wire
 from abhiapi.db import Tx
 from abhiapi.errors import AbhiError, ChargeNotRecorded, DatabaseUnavailable, UnknownRoute, UpstreamError
 from abhiapi.ids import call_text
@@ -59,6 +59,8 @@ class Request:
     headers: Mapping[str, str]  # names in lower case
     read_body: Callable[[], RequestBody]  # raises MalformedJson, BodyTooLarge, BodyIncomplete
     base_url: str = ""  # this service as the caller sees it
+    has_hung_up: Callable[[], bool] = lambda: False
+    claim: idempotency.Claim | None = None  # the key that its call will be written down under (`replay`)
 
 
 @dataclass(slots=True)
@@ -68,6 +70,7 @@ class Reply:
     status: int
     headers: wire.Headers
     body: bytes | ReplyBody
+    call_id: int | None = None  # the call whose answer this is, where that is an earlier one
 
 
 @dataclass(slots=True)
@@ -123,6 +126,8 @@ def within_limits(rt: Runtime, request: Request, serve: Serve) -> Reply:
         lease.release()
     else:
         reply.body.when_closed = lease.release
+    if reply.call_id is not None:
+        shown = [("x-abhiapi-call-id", call_text(reply.call_id))]
     return with_headers(reply, shown + rt.limits.headers(caller.key_id, caller.plan))
 
 
@@ -132,16 +137,26 @@ def refuse_target(request: Request) -> None:
         raise UnknownRoute("x-fal-target-url is not served here: call /{any-fal-path} on this host")
 
 
-def hold(rt: Runtime, caller: keys.Caller, call: calls.OpenCall, price: pricing.Price, mode: calls.Mode) -> int:
+def hold(
+    rt: Runtime,
+    caller: keys.Caller,
+    call: calls.OpenCall,
+    price: pricing.Price,
+    mode: calls.Mode,
+    claim: idempotency.Claim | None = None,
+) -> int:
     """Set the credit aside and write the call, durably. Raises InsufficientCredits, DatabaseUnavailable (503).
 
-    Gives the number of the price as recorded.
+    Gives the number of the price as recorded. With a claim, the call's key is written in the same transaction, or
+    nothing is (`idempotency.KeyTaken`).
     """
     now = rt.now_ms()
     identity = price.identity()
     known_price_id = rt.price_ids.get(identity)
 
     def admit(tx: Tx) -> int:
+        if claim is not None:
+            idempotency.check_free(tx, claim)
         price_id = known_price_id or prices.version_of(tx, price, now_ms=now)
         calls.admit(
             tx,
@@ -154,6 +169,8 @@ def hold(rt: Runtime, caller: keys.Caller, call: calls.OpenCall, price: pricing.
                 created_at=now,
             ),
         )
+        if claim is not None:
+            idempotency.take(tx, claim, call.call_id, now_ms=now)
         if now - caller.last_used_at >= keys.LAST_USED_STEP_MS:
             keys.touch(tx, call.key_id, now)
         return price_id

@@ -200,10 +200,8 @@ def marked() -> Iterator[None]:
 def _translating() -> Iterator[None]:
     try:
         yield
-    except sqlite3.OperationalError as error:
-        raise translated(error) from error
-    except sqlite3.DatabaseError as error:
-        if type(error) is not sqlite3.DatabaseError:
+    except sqlite3.Error as error:
+        if not is_trouble(error):
             raise  # a broken constraint or a wrong statement is a bug, and keeps its traceback
         raise translated(error) from error
 
@@ -217,8 +215,14 @@ def translated(error: sqlite3.Error) -> DatabaseUnavailable:
 
 
 def is_trouble(error: BaseException) -> bool:
-    """Whether an error is the database's trouble rather than a bug or a broken constraint."""
-    return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
+    """Whether an error is the database's trouble rather than a bug or a broken constraint.
+
+    A statement that SQLite cannot make sense of (no such table or column, bad syntax) comes as an OperationalError,
+    too, with the code SQLITE_ERROR, which no trouble of the disk has. Waiting mends no statement.
+    """
+    if isinstance(error, sqlite3.OperationalError):
+        return getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_ERROR
+    return type(error) is sqlite3.DatabaseError
 
 
 def _has_content(path: Path) -> bool:

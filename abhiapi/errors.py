@@ -17,6 +17,8 @@ STATUS_NAMES = {
     403: "Forbidden",
     404: "Not Found",
     405: "Method Not Allowed",
+    409: "Conflict",
+    410: "Gone",
     413: "Content Too Large",
     414: "URI Too Long",
     417: "Expectation Failed",
@@ -68,6 +70,16 @@ class WebhookNotSupported(BadRequest):
     """fal would deliver the answer past this service; nothing was forwarded."""
 
     type = "webhook_not_supported"
+
+
+class InvalidIdempotencyKey(BadRequest):
+    type = "invalid_idempotency_key"
+
+
+class IdempotencyKeyReused(AbhiError):
+    """The key stands for another request of this account; nothing was forwarded."""
+
+    status, type = 422, "idempotency_key_reused"
 
 
 class BodyTooLarge(AbhiError):
@@ -143,6 +155,12 @@ class StorageUnavailable(AbhiError):
     status, type = 503, "storage_unavailable"
 
 
+class IdempotencyInProgress(AbhiError):
+    """The first request under the key runs longer than the second may wait for it."""
+
+    status, type = 409, "idempotency_in_progress"
+
+
 # --- nothing the customer can do --------------------------------------------------------------------------------
 
 
@@ -181,6 +199,18 @@ class UpstreamOutcomeUnknown(UpstreamError):
     """What `UpstreamBroken` and `UpstreamTimeout` become for fal's own clients, which would repeat a 502 or 504."""
 
     status, type = 500, "upstream_outcome_unknown"
+
+
+class IdempotencyAnswerGone(AbhiError):
+    """The call under the key has ended, and its answer is not kept. A status that no client of fal's repeats."""
+
+    status, type = 410, "idempotency_answer_gone"
+
+
+class IdempotencyOutcomeUnknown(AbhiError):
+    """The call under the key went to fal, which may bill it, and its hold waits for the operator."""
+
+    status, type = 500, "idempotency_outcome_unknown"
 
 
 class ChargeNotRecorded(AbhiError):

@@ -1,6 +1,6 @@
 """What happens when a customer calls: from the key to the charge, top to bottom.
 
-    authenticate -> limits -> price -> hold -> forward -> meter -> settle -> splice
+    authenticate -> limits -> (once per Idempotency-Key) -> price -> hold -> forward -> meter -> settle -> splice
 
 `run` takes plain values and gives plain values; it knows no web framework. The hold is on disk before fal hears of
 the call, and whatever happens after that ends it exactly once: a whole answer by its verdict (`metering`), anything
@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from time import monotonic
 from typing import Any
 
-from abhiapi import admission, calls, encodings, jsonbytes, keys, metering, pricing, wire
+from abhiapi import admission, calls, encodings, jsonbytes, keys, metering, pricing, replay, wire
 from abhiapi.admission import WHOLE_BYTES_MAX, Call, Outcome, Reply, Request
 from abhiapi.errors import BodyIncomplete, UpstreamError, UpstreamRefused
 from abhiapi.fal import FalReply
@@ -34,7 +34,7 @@ FAL_REQUEST_ID_MAX = 100  # fal's are 36 characters long
 
 def run(rt: Runtime, request: Request) -> Reply:
     """Forward one call to fal.run and charge for what it used. Never raises an `AbhiError`: it answers with it."""
-    return admission.within_limits(rt, request, _admitted)
+    return admission.within_limits(rt, request, replay.once(_admitted))
 
 
 def _admitted(rt: Runtime, caller: keys.Caller, call_id: int, request: Request, dialect: wire.Dialect) -> Reply:
@@ -48,7 +48,7 @@ def _admitted(rt: Runtime, caller: keys.Caller, call_id: int, request: Request, 
     body = request.read_body()
     held_micros = pricing.ceiling(price, body.call_input).amount_micros
     open_call = calls.OpenCall(call_id, caller.account_id, caller.key_id, model, held_micros)
-    admission.hold(rt, caller, open_call, price, "stream" if streamed else "sync")
+    admission.hold(rt, caller, open_call, price, "stream" if streamed else "sync", request.claim)
     call = Call(open_call, price, body.call_input, dialect)
     try:
         reply = rt.fal_run.send(request.method, target, headers, body.content)

@@ -24,8 +24,19 @@ log = logging.getLogger("abhiapi")
 
 Step = Callable[[sqlite3.Connection], None]
 
+
+def _of_file(name: str) -> Step:
+    """A step that runs the SQL statements of a file in upgrades/, which never changes once it has shipped."""
+
+    def step(connection: sqlite3.Connection) -> None:
+        for statement in statements(resources.files("abhiapi").joinpath("upgrades", name).read_text("utf-8")):
+            connection.execute(statement)
+
+    return step
+
+
 # Version 1 is the first schema there was.
-STEPS: tuple[Step, ...] = ()
+STEPS: tuple[Step, ...] = (_of_file("0002-idempotency-keys.sql"),)
 VERSION = 1 + len(STEPS)
 
 

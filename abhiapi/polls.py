@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 FRESH_S = 0.3  # how old a status may be
 FETCH_AGAIN_S, RETRY_S = 0.1, 0.25  # first pauses, where the way to fal's queue is in trouble and where a result is
+LOOK_AGAIN_S = 0.1  # between looks at a call that another process works on
 POLLS_PER_SECOND = 1_000  # per key; ten polls a second for each of a hundred jobs
 POLLS_AT_ONCE = 2_000
 OPEN_MAX = 500  # status streams and large results of one account on their way at once

@@ -1,6 +1,7 @@
 """What happens when a customer uses fal's queue: a job from its submit to its result, top to bottom.
 
-    submit: authenticate -> limits -> price -> hold -> forward -> remember -> rewrite -> splice
+    submit: authenticate -> limits -> (once per Idempotency-Key) -> price -> hold -> forward -> remember -> rewrite
+        -> splice
     status, status/stream, result, cancel: authenticate -> whose job -> fal -> settle if complete -> rewrite -> splice
 
 A submit's hold stands until the job ends; `settlement` ends it, once, whoever sees the job complete first. Whose job a
@@ -33,6 +34,7 @@ from abhiapi.ids import call_text
 from abhiapi.jobs import Job
 from abhiapi.metering import Verdict
 from abhiapi.money import Micros
+from abhiapi.replay import once
 from abhiapi.runtime import Runtime
 from abhiapi.settings import SLOW_CALLER_S
 from abhiapi.settlement import Seen
@@ -58,7 +60,7 @@ def run(rt: Runtime, request: Request) -> Reply:
         def submit(rt: Runtime, caller: keys.Caller, call_id: int, request: Request, dialect: wire.Dialect) -> Reply:
             return _submit(rt, caller, call_id, request, dialect, route.target)
 
-        return admission.within_limits(rt, request, submit)
+        return admission.within_limits(rt, request, once(submit))
     key, dialect = wire.caller_key(request.headers)
     try:
         caller = rt.authenticate(key, may_be_suspended=True)  # who has paid may have what was paid for
@@ -97,7 +99,7 @@ def _submit(
     body = request.read_body()
     held_micros = pricing.ceiling(price, body.call_input).amount_micros
     open_call = calls.OpenCall(call_id, caller.account_id, caller.key_id, model, held_micros)
-    admission.hold(rt, caller, open_call, price, "queue")
+    admission.hold(rt, caller, open_call, price, "queue", request.claim)
     call = Call(open_call, price, body.call_input, dialect)
     try:
         reply = rt.fal_queue.send(request.method, path + ("?" + query if query else ""), headers, body.content)

@@ -25,21 +25,37 @@ PAGE = 500
 
 @dataclass(slots=True)
 class Round:
-    """What one round did. ``failed`` counts jobs that fal could not tell about just now."""
+    """What one round did, counted up as it goes.
+
+    ``ended`` are the jobs of which nothing is left to find out at fal, whoever was first to see it: settled, released
+    or unknown. ``left`` are those that only the server which took them can settle; ``failed`` those that fal could not
+    tell about just now.
+    """
 
     looked_at: int = 0
     ended: int = 0
+    settled: int = 0
+    released: int = 0
+    unknown: int = 0
+    left: int = 0
     failed: int = 0
 
 
-def run_once(rt: Runtime) -> Round:
-    """Look at every sent job once; those that have completed are settled when it returns."""
-    done = Round()
+def run_once(rt: Runtime, done: Round | None = None) -> Round:
+    """Look at every sent job once; those that have completed are settled when it returns.
+
+    ``done`` is what to count in, for somebody who watches.
+    """
+    done = done or Round()
     pool = Pool(AT_ONCE)
 
     def look(job: Job) -> None:
         try:
             outcome = settlement.look(rt, job)
+        except settlement.LeftToServer as error:
+            done.left += 1
+            log.info("%s", error.message)
+            return
         except AbhiError as error:  # fal's or the database's trouble: the next round tries again
             done.failed += 1
             log.info("%s will be looked at again: %s", call_text(job.call.call_id), error.message)
@@ -49,7 +65,8 @@ def run_once(rt: Runtime) -> Round:
             log.exception("%s could not be looked at", call_text(job.call.call_id))
             return
         done.looked_at += 1
-        done.ended += outcome is not None
+        if outcome is not None:
+            _count_end(rt, job, done)
 
     after = 0
     while page := rt.reader.read(lambda tx, since=after: jobs.sent_after(tx, since, most=PAGE)):  # type: ignore[misc]
@@ -58,3 +75,12 @@ def run_once(rt: Runtime) -> Round:
         after = page[-1].call.call_id
     pool.join()
     return done
+
+
+def _count_end(rt: Runtime, job: Job, done: Round) -> None:
+    now = rt.reader.read(lambda tx: jobs.find(tx, job.call.account_id, job.request_id))
+    state = None if now is None else now.state
+    done.ended += 1
+    done.settled += state == "settled"
+    done.released += state == "released"
+    done.unknown += state == "unknown"

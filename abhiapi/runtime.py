@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import gevent
+from gevent.event import Event
 
 from abhiapi import keys, prices, pricing, processes
 from abhiapi.committer import GroupCommitter, Reader, in_thread
@@ -54,11 +55,13 @@ class Runtime:
     lock: processes.ProcessLock
     rules: tuple[pricing.PriceRule, ...]
     now_ms: NowMs = system_now_ms
+    is_command: bool = False  # run by hand beside a server, which knows more of its own jobs (`settlement`)
     polls: Polls = field(default_factory=Polls)
     call_ids: CallIds = field(default_factory=CallIds)
     _catalogue: pricing.Catalogue | None = None
     _catalogue_version: int = -1
     price_ids: dict[tuple[str, ...], int] = field(default_factory=dict)
+    answering: dict[int, Event] = field(default_factory=dict)  # calls whose answer may still be kept for a repeat
     working_on: set[int] = field(default_factory=set)  # calls that this process will end: no sweep touches them
 
     def write(self, op: Callable[[Tx], T], *, patience_s: float = HOLD_PATIENCE_S) -> T:
@@ -111,6 +114,7 @@ def start(
     *,
     now_ms: NowMs = system_now_ms,
     rules: tuple[pricing.PriceRule, ...] | None = None,
+    is_command: bool = False,
 ) -> Runtime:
     """Open everything that serving needs. Raises `SettingsError`, `SchemaError`, `DatabaseUnavailable`."""
     if settings.fal_key is None:
@@ -136,6 +140,7 @@ def start(
         lock=lock,
         rules=rules if rules is not None else pricing.shipped_rules(),
         now_ms=now_ms,
+        is_command=is_command,
     )
     metrics.gauge("abhiapi_in_flight", "Calls running just now", runtime.limits.in_flight)
     return runtime

@@ -13,12 +13,13 @@ from typing import Any
 
 import gevent
 
-from abhiapi import admission, calls, jobs, jsonbytes, metering, queuewire, wire
+from abhiapi import admission, calls, jobs, jsonbytes, metering, processes, queuewire, reports, wire
 from abhiapi.admission import Outcome
 from abhiapi.db import Tx
 from abhiapi.errors import (
     AbhiError,
     DatabaseUnavailable,
+    Refused,
     UpstreamBroken,
     UpstreamError,
     UpstreamRefused,
@@ -41,6 +42,10 @@ NOT_FOUND_AFTER_MS = 60_000  # a job that fal does not know is given this long t
 UNAVAILABLE_AFTER_MS = 86_400_000  # a result that cannot be had for this long is the operator's to look into
 RETRIES = FETCHES = 4
 _PLAIN: wire.Headers = [("accept", "application/json"), ("accept-encoding", "identity")]
+
+
+class LeftToServer(Refused):
+    """A command met a job that only the running server can settle: it knows what was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +171,8 @@ def _judged(rt: Runtime, job: Job, reply: FalReply) -> tuple[queuewire.Meaning, 
     try:
         unit_headers = reply.values(metering.UNITS_HEADER)
         if metering.needs_answer(reply.status, unit_headers):
+            if rt.is_command:
+                _leave_to_server(rt, job)
             answer = _read_answer(reply)
             price, call_input = _asked(rt, job)
             return "final", metering.verdict(price, reply.status, unit_headers, call_input, answer)
@@ -195,6 +202,13 @@ def _read_answer(reply: FalReply) -> Mapping[str, Any] | None:
         return jsonbytes.parse_object(shrinker.end())
     except ValueError:
         return None
+
+
+def _leave_to_server(rt: Runtime, job: Job) -> None:
+    """Raises `LeftToServer` where the process that took a job lives: it has in memory what the job asked for."""
+    process_id, pid, _deadline_at = rt.reader.read(lambda tx: reports.keeper(tx, job.call.call_id))
+    if not processes.reap(rt.database.path, process_id, pid):
+        raise LeftToServer(f"{call_text(job.call.call_id)} has no units: it is left to the server that took it")
 
 
 def _asked(rt: Runtime, job: Job) -> tuple[Price, Mapping[str, Any]]:

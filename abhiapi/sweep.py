@@ -1,4 +1,4 @@
-"""Holds that no living process will end: those of dead processes, and those past their deadline.
+"""Holds that no living process will end: those of dead processes, and those past their deadline; and idempotency keys.
 
 A held call's answer was not seen by anybody and never will be, so its hold is released (contract 3.5, last row). A
 submit is another matter: fal may have accepted the job, which then runs and costs, so its hold stands for the operator.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 
-from abhiapi import calls, processes
+from abhiapi import calls, idempotency, processes
 from abhiapi.db import Tx
 from abhiapi.metering import SUBMIT_UNKNOWN, released
 from abhiapi.runtime import Runtime
@@ -17,6 +17,7 @@ from abhiapi.runtime import Runtime
 log = logging.getLogger("abhiapi")
 
 BATCH = 200  # holds released in one transaction
+KEYS_BATCH = 50  # idempotency keys removed in one: with the largest answers 4 ms of the event loop
 GRACE_MS = 30_000  # an answer may still be on its way to the ledger for this long after the deadline
 
 
@@ -32,6 +33,15 @@ def run_once(runtime: Runtime) -> int:
         runtime.metrics.swept.inc(count)
         log.warning("ended %d holds whose process or time was over", count)
     return count
+
+
+def forget_old_keys(runtime: Runtime) -> None:
+    """Remove idempotency keys that have had their day, with the answers kept under them.
+
+    On the timer only: after a day's pause there may be many, and a start should not wait for them.
+    """
+    while expired := runtime.reader.read(lambda tx: idempotency.expired(tx, now_ms=runtime.now_ms(), most=KEYS_BATCH)):
+        runtime.write(lambda tx, gone=expired: idempotency.forget(tx, gone), patience_s=30)  # type: ignore[misc]
 
 
 def _sweep_overdue(runtime: Runtime) -> int:

@@ -57,3 +57,7 @@ usage_daily = _table(
     "usage_daily",
     "account_id:int! day:int! model:text! key_id:int! calls:int charged_micros:int fal_cost_nano_usd:int",
 )
+idempotency_keys = _table(
+    "idempotency_keys",
+    "account_id:int! digest:blob! request_digest:blob call_id:int status:int? headers:text? body:blob? created_at:int",
+)

@@ -24,6 +24,7 @@ def sweep_for_ever(rt: runtime.Runtime) -> None:
         gevent.sleep(rt.settings.reconcile_interval_s)
         try:
             sweep.run_once(rt)
+            sweep.forget_old_keys(rt)
         except AbhiError as error:  # the database's trouble: the next round tries again
             runtime.log.warning("the sweep will be tried again: %s", error.message)
         except Exception:  # a bug, or trouble of the system's: without this line no hold would ever be swept again

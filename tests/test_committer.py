@@ -9,6 +9,7 @@ from time import monotonic
 
 import gevent
 import pytest
+from sqlalchemy import text
 
 from abhiapi import accounts, calls, ledger
 from abhiapi.committer import GroupCommitter, Reader, in_thread
@@ -64,11 +65,15 @@ def test_a_failing_write_is_undone_and_harms_no_neighbour(database: Database, wr
         accounts.create(tx, "broken", now_ms=1)
         raise ZeroDivisionError
 
+    def misspelt(tx: Tx) -> None:
+        accounts.create(tx, "misspelt", now_ms=1)
+        tx.run(text("UPDATE accounts SET colour = 1"))
+
     before = gevent.spawn(writer.write, create("before"), patience_s=5)
-    failing = [gevent.spawn(writer.write, op, patience_s=5) for op in (half, broken)]
+    failing = [gevent.spawn(writer.write, op, patience_s=5) for op in (half, broken, misspelt)]
     after = gevent.spawn(writer.write, create("after"), patience_s=5)
     gevent.joinall([before, *failing, after])
-    assert [type(job.exception) for job in failing] == [Refused, ZeroDivisionError]
+    assert [type(job.exception) for job in failing] == [Refused, ZeroDivisionError, sqlite3.OperationalError]
     assert before.successful()
     assert after.successful()
     assert names(database) == ["after", "before"]
@@ -260,6 +265,8 @@ def test_a_reader_tells_trouble_from_bugs_and_mends_itself(database: Database) -
         reader.read(troubled)
     with pytest.raises(sqlite3.ProgrammingError):
         reader.read(wrong)
+    with pytest.raises(sqlite3.OperationalError, match="no such column"):
+        reader.read(lambda tx: tx.all(text("SELECT colour FROM accounts")))
     assert reader.read(accounts.everyone) == []
     reader.close()
     reader.close()

@@ -61,6 +61,10 @@ def test_a_broken_constraint_or_statement_is_a_bug_and_keeps_its_name(database: 
         database.write(lambda tx: tx.run(text("UPDATE accounts SET held_micros = -1")))
     with pytest.raises(KeyError):
         database.write(lambda tx: tx.run(text("UPDATE accounts SET held_micros = :amount")))
+    for wrong in ("SELECT colour FROM accounts", "SELECT 1 FROM nowhere", "SELEKT 1"):
+        for use in (database.write, database.read):
+            with pytest.raises(sqlite3.OperationalError):
+                use(lambda tx, wrong=wrong: tx.all(text(wrong)))  # type: ignore[misc]
 
 
 def test_a_reader_sees_one_moment_whatever_others_write(database: Database) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import gevent
 import pytest
+from sqlalchemy import text
 
 from abhiapi import admission, calls, errors, gateway, runtime
 from abhiapi.metering import released
@@ -355,3 +356,15 @@ def test_a_charge_that_cannot_be_written_down_withholds_the_answer_and_is_writte
     house.rt.write(lambda tx: None)  # what was waiting before it is written before it
     assert house.standing() == (START - MEGAPIXEL, 0)
     assert (house.last().state, house.last().charged_micros) == ("settled", MEGAPIXEL)
+
+
+def test_a_statement_that_the_database_does_not_know_is_a_bug_and_no_trouble(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is raised on, to be logged and answered with 500: a 503 would tell callers and operators to wait."""
+    monkeypatch.setattr(calls, "_ADMIT", text("INSERT INTO calls (colour) VALUES (1)"))
+    with pytest.raises(sqlite3.OperationalError, match="colour"):
+        house.call()
+    assert house.fal.sent == []
+    assert house.standing() == (START, 0)
+    assert house.at_once() == 0

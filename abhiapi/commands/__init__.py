@@ -20,6 +20,7 @@ from abhiapi.commands.ledger import ledger
 from abhiapi.commands.money import adjust, balance, refund, topup
 from abhiapi.commands.output import Program
 from abhiapi.commands.prices import estimate, prices
+from abhiapi.commands.reconcile import reconcile
 from abhiapi.commands.serve import sandbox, serve
 from abhiapi.commands.usage import usage
 
@@ -49,6 +50,6 @@ def main() -> None:
 
 for _command in (
     *(serve, accounts, keys, topup, balance, usage, calls, holds, ledger, refund, adjust),
-    *(prices, estimate, doctor, backup, restore, sandbox),
+    *(prices, estimate, reconcile, doctor, backup, restore, sandbox),
 ):
     main.add_command(_command)

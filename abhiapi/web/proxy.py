@@ -16,6 +16,7 @@ from typing import IO, Any
 from urllib.parse import parse_qsl, quote
 
 import gevent
+from gevent.socket import MSG_PEEK
 
 from abhiapi import admission, jsonbytes, wire
 from abhiapi.admission import Reply, ReplyBody, Request
@@ -83,7 +84,23 @@ def _request(rt: Runtime, environ: Environ, files: _Files) -> Request:
         headers=headers,
         read_body=lambda: _read_body(environ, rt.settings.max_body_bytes, headers.get("content-type"), query, files),
         base_url=rt.settings.public_url or _base_url(environ, rt.settings.trusted_proxies),
+        has_hung_up=lambda: _has_hung_up(environ.get("gunicorn.socket")),
     )
+
+
+def _has_hung_up(sock: Any) -> bool:
+    """Whether the caller has closed the connection. Looks without taking: the next request may be there already."""
+    if sock is None:
+        return False
+    try:
+        sock.settimeout(0)
+        return not sock.recv(1, MSG_PEEK)
+    except (BlockingIOError, ValueError):  # nothing there; or TLS of our own, which cannot be looked into
+        return False
+    except OSError:
+        return True
+    finally:
+        sock.settimeout(STALL_S)
 
 
 def _base_url(environ: Environ, hops: int) -> str:

@@ -1,0 +1,168 @@
+"""`reconcile`: jobs settled from the command line, beside a server or without one, each of them once."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from abhiapi import calls, jobs
+from abhiapi.migrations import migrate
+from abhiapi.money import Micros
+from tests.command_line import CommandLine, Done, finish
+from tests.harness import OPERATOR_KEY, Clock, Fal, Server, until
+from tests.raw_http import Received, upstream
+from tests.rows import FLUX_MICROS, Customer
+from tests.test_queue import Jobs, at_once
+
+SIDE_BY_SIDE = 20
+FIELDS = ["settled", "released", "adjusted", "drift", "unknown", "open", "failed"]
+
+
+@pytest.fixture
+def server(fal: Fal, tmp_path: Path) -> Iterator[Server]:
+    """A server whose own timer does not get in the way: its first round is over before the first job."""
+    with Server.started(tmp_path, fal.url, ABHIAPI_RECONCILE_INTERVAL_S="3600") as running:
+        yield running
+
+
+def run(server: Server, *arguments: str, **settings: str) -> Done:
+    """The command as a process of its own, with the server's settings."""
+    env = {name: value for name, value in server.env.items() if name.startswith(("ABHIAPI_", "FAL_"))}
+    return finish(CommandLine(server.folder).start("reconcile", *arguments, **env | settings))
+
+
+def told(done: Done) -> dict[str, Any]:
+    assert done.exit_code == 0, done.stderr
+    shape: dict[str, Any] = json.loads(done.stdout)
+    assert list(shape) == FIELDS
+    assert (shape["adjusted"], shape["drift"]) == (0, None)  # not compared yet, and so not claimed
+    return {name: value for name, value in shape.items() if value}
+
+
+def completed(fal: Fal, ids: list[str]) -> bool:
+    listed = requests.get(f"{fal.url}/_sandbox/jobs", timeout=10).json()["jobs"]
+    done = {job["request_id"] for job in listed if job["status"] == "COMPLETED"}
+    return set(ids) <= done
+
+
+def test_what_has_completed_is_settled_now(server: Server, fal: Fal) -> None:
+    account, key = server.books.account(5000)
+    customer = Jobs(server, key)
+    paid = [answer.json()["request_id"] for answer in at_once(12, lambda _: customer.submit())]
+    failed = [customer.job(weather="status=500") for _ in range(2)]
+    customer.job(weather="hold_until=reconciled")
+    until(lambda: completed(fal, paid + failed), what="fal is done")
+    assert server.books.standing(account) == (5_000_000, 15 * FLUX_MICROS)
+    assert told(run(server, "--json")) == {"settled": 12, "released": 2, "open": 1}
+    assert server.books.standing(account) == (5_000_000 - 12 * FLUX_MICROS, FLUX_MICROS)
+    assert told(run(server, "--json")) == {"open": 1}
+    assert server.books.verify().problems == []
+    fal.release("reconciled")
+    table = until(lambda: (done := run(server)).stdout.startswith("settled   1\n") and done, what="the last one")
+    assert [line.split()[0] for line in table.lines] == FIELDS
+    assert server.post(key).status_code == 200  # the server has noticed nothing
+
+
+def test_several_at_once_beside_the_servers_own_timer_end_each_job_once(fal: Fal, tmp_path: Path) -> None:
+    """Row 37 of B5, between processes."""
+    with Server.started(tmp_path, fal.url, ABHIAPI_RECONCILE_INTERVAL_S="1") as server:
+        account, key = server.books.account(5000)
+        customer = Jobs(server, key)
+        weather = "hold_until=all-reconcilers"
+        ids = [answer.json()["request_id"] for answer in at_once(60, lambda _: customer.submit(weather=weather))]
+        env = {name: value for name, value in server.env.items() if name.startswith(("ABHIAPI_", "FAL_"))}
+        running = [CommandLine(tmp_path).start("reconcile", "--json", **env) for _ in range(3)]
+        fal.release("all-reconcilers")
+        for process in running:
+            told(finish(process))
+        until(lambda: server.books.standing(account)[1] == 0, what="all are settled")
+        assert {call.fal_request_id for call in server.books.calls(account)} == set(ids)
+        assert server.books.standing(account) == (5_000_000 - 60 * FLUX_MICROS, 0)
+        assert server.books.verify().problems == []
+
+
+def test_what_only_the_living_server_knows_is_left_to_it(server: Server, fal: Fal) -> None:
+    """An answer without units is computed from what was asked for, which stays in the server's memory."""
+    account, key = server.books.account(5000)
+    customer = Jobs(server, key)
+    request_id = customer.job(weather="units=none")
+    until(lambda: completed(fal, [request_id]), what="fal is done")
+    done = run(server, "--json")
+    assert told(done) == {"open": 1}
+    assert "1 jobs told no units" in done.stderr
+    customer.completed(request_id)
+    assert server.books.standing(account) == (5_000_000 - FLUX_MICROS, 0)
+
+
+def test_without_a_server_it_is_the_operators(server: Server, fal: Fal) -> None:
+    account, key = server.books.account(5000)
+    request_id = Jobs(server, key).job(weather="units=none")
+    until(lambda: completed(fal, [request_id]), what="fal is done")
+    server.process.kill()
+    assert told(run(server, "--json")) == {"unknown": 1}
+    assert server.books.calls(account)[0].reason == "no_units"
+
+
+@pytest.mark.parametrize("settings", [{"ABHIAPI_FAL_QUEUE_URL": "http://127.0.0.1:9"}, {}], ids=["gone", "refuses"])
+def test_jobs_that_could_not_be_looked_at_are_said_and_stay(server: Server, fal: Fal, settings: dict[str, str]) -> None:
+    account, key = server.books.account(5000)
+    customer = Jobs(server, key)
+    ids = [customer.job() for _ in range(3)]
+    until(lambda: completed(fal, ids), what="fal is done")
+    if not settings:
+        ordered = [{"match": f"queue/status/{each}", "status": 403} for each in ids]
+        requests.post(fal.url + "/_sandbox/weather", json=ordered, timeout=10).raise_for_status()
+    done = run(server, "--json", **settings)
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["failed"] == 3
+    assert done.stderr.splitlines()[-1].startswith("error: 3 jobs could not be looked at")
+    assert done.stderr.count("fal refused the operator's credential") == (0 if settings else 1)
+    assert OPERATOR_KEY not in done.stderr + done.stdout
+    assert server.books.standing(account) == (5_000_000, 3 * FLUX_MICROS)
+    assert told(run(server, "--json")) == {"settled": 3}
+
+
+def test_without_a_credential_it_does_nothing(tmp_path: Path) -> None:
+    assert "FAL_KEY" in CommandLine(tmp_path)("reconcile", FAL_KEY="").misused()
+
+
+def test_jobs_are_looked_at_side_by_side_and_waiting_is_told(tmp_path: Path, clock: Clock) -> None:
+    """A fal that answers only once twenty have asked: one after the other would never get an answer."""
+    database = CommandLine(tmp_path).database
+    migrate(database)
+    customer = Customer.new(database, clock, credits=5000)
+    for number in range(3 * SIDE_BY_SIDE):
+        call = customer.open_call()
+
+        def write(tx: Any, call: calls.OpenCall = call, number: int = number) -> None:
+            calls.admit(tx, customer.admission(call, mode="queue", deadline_in_ms=10**9))
+            jobs.remember(tx, call, f"job-{number}", http_status=200)
+
+        database.write(write)
+    together, was_told = threading.Barrier(SIDE_BY_SIDE), threading.Event()
+
+    def script(sock: socket.socket, received: Received) -> None:
+        together.wait(20)
+        assert was_told.wait(20)
+        body = b'{"status":"IN_PROGRESS"}'
+        head = f"HTTP/1.1 202 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        sock.sendall(head.encode() + body)
+
+    with upstream() as slow:
+        slow.script = script
+        process = CommandLine(tmp_path).start(
+            "reconcile", "--json", FAL_KEY=OPERATOR_KEY, ABHIAPI_FAL_QUEUE_URL=slow.url
+        )
+        assert process.stderr is not None
+        assert process.stderr.readline() == "0 jobs looked at, 0 of them ended, 0 failed\n"
+        was_told.set()
+        done = finish(process)
+    assert told(done) == {"open": 3 * SIDE_BY_SIDE}
+    assert customer.standing() == (5_000_000, Micros(3 * SIDE_BY_SIDE * FLUX_MICROS))
