@@ -212,6 +212,76 @@ def test_javascript_client(site: Site, node_folder: Path) -> None:
     assert site.charges() == 4
 
 
+def streams_of(command: list[str], env: dict[str, str], cwd: Path, *hosts: str) -> Any:
+    """What a client's script tells, with the hosts of picture URLs left out."""
+    told = ran(command, env, cwd)
+    for host in hosts:
+        told = told.replace(host, "fal")
+    return json.loads(told)
+
+
+@pytest.fixture
+def poor_key(site: Site) -> str:
+    return site.server.books.account(1)[1]
+
+
+def test_streams_of_the_python_client(site: Site, fal: Fal, poor_key: str, tmp_path: Path) -> None:
+    """fal's events and none of ours, the last one last; errors surface as they do at fal's own address."""
+    command = [sys.executable, str(CLIENTS / "python_stream.py")]
+    at_fal = TlsFront(tmp_path)
+    at_fal.lead_to(fal.url)
+    env = site.env(POOR_KEY=poor_key)
+    direct_env = env | {"FAL_RUN_HOST": at_fal.address, "SSL_CERT_FILE": str(at_fal.authority_file)}
+    hosts = fal.url.removeprefix("http://"), at_fal.address
+    told = streams_of(command, env, ROOT, *hosts)
+    direct = streams_of(command, direct_env, ROOT, *hosts)
+    at_fal.close()
+    assert told["sync"] == told["async"] == direct["sync"] == direct["async"]
+    assert {name: len(events) for name, events in told["sync"].items()} == {
+        "plain": 4, "pinged": 4, "split": 4, "unended": 3, "long": 200,
+    }  # fmt: skip
+    last = told["sync"]["plain"][-1]
+    assert last["prompt"] == "a café \N{CAT FACE}"
+    assert last["images"][0]["width"] == 1024
+    assert "_billing" not in str(told["sync"])
+    errors = told["errors"]
+    assert errors.pop("poor")[:2] == ["0", "SSEError"]  # that client shows no error's body (fal-protocol 4)
+    assert direct["errors"].pop("poor")[0] == "4"
+    assert errors == direct["errors"]
+    assert [errors[name][1] for name in ("invalid", "unknown", "cut")] == [
+        "SSEError",
+        "SSEError",
+        "RemoteProtocolError",
+    ]
+    assert errors["cut"][0] == "2"
+    assert site.charges() == 10
+
+
+def test_streams_of_the_javascript_client(site: Site, fal: Fal, poor_key: str, node_folder: Path) -> None:
+    """fal's events and none of ours; `done()` gives the last of them. A character cut by fal arrives whole."""
+    shutil.copy(CLIENTS / "javascript_stream.mjs", node_folder)
+    command, env, host = ["node", "javascript_stream.mjs"], site.env(POOR_KEY=poor_key), fal.url.removeprefix("http://")
+    told = streams_of(command, env, node_folder, host)
+    direct = streams_of(command, env | {"BASE_URL": fal.url}, node_folder, host)
+    for name, count in {"plain": 4, "pinged": 4, "split": 4, "unended": 3, "long": 200}.items():
+        events = told[name]["events"]
+        assert len(events) == count
+        assert events[-1] == told[name]["done"]
+        assert events == direct[name]["events"] or name == "split"
+        assert {event["prompt"] for event in events} == {"a café \N{CAT FACE}"}
+        assert re.fullmatch(r"[0-9a-f-]{36}", told[name]["requestId"])
+    assert "_billing" not in str({name: told[name] for name in ("plain", "pinged", "split", "unended", "long")})
+    errors = told["errors"]
+    assert (errors["invalid"]["kind"], errors["invalid"]["status"]) == ("ValidationError", 422)
+    assert (errors["unknown"]["kind"], errors["unknown"]["status"]) == ("ApiError", 404)
+    assert "no-such-model" in errors["unknown"]["message"]
+    assert (errors["poor"]["kind"], errors["poor"]["status"]) == ("ApiError", 402)
+    assert "credits" in errors["poor"]["message"]
+    assert errors["cut"] == direct["errors"]["cut"]
+    assert errors["cut"]["events"] == 2
+    assert site.charges() == 5
+
+
 def snippet(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", DOCS, re.DOTALL)
 
