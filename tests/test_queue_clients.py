@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import trustme
 
-from tests.harness import ROOT, Fal, Server, environment
+from tests.harness import ROOT, Fal, Server, environment, until
 
 CLIENTS = ROOT / "tests" / "clients"
 DOCS = (ROOT / "docs/clients.md").read_text()
@@ -66,6 +66,26 @@ class TlsFront:
             back.join()
 
 
+class LossyFront(TlsFront):
+    """Loses the first answers: they come from the proxy, and the connection ends before a byte of them is passed on."""
+
+    to_lose = 0
+
+    def _serve(self, client: socket.socket) -> None:
+        if self.to_lose <= 0:
+            super()._serve(client)
+            return
+        self.to_lose -= 1
+        with (
+            suppress(OSError),
+            socket.create_connection(self._target) as server,
+            self._context.wrap_socket(client, server_side=True) as secure,
+        ):
+            threading.Thread(target=_pump, args=(secure, server), daemon=True).start()
+            server.recv(65536)
+            secure.shutdown(socket.SHUT_RDWR)
+
+
 def _pump(source: socket.socket, target: socket.socket) -> None:
     with suppress(OSError):
         while data := source.recv(65536):
@@ -95,6 +115,9 @@ class Site:
             no_proxy="127.0.0.1",
             **more,
         )
+
+    def settled(self) -> list[Any]:
+        return [call for call in self.server.books.calls(self.account) if call.state == "settled"]
 
     def charges(self) -> int:
         return len([entry for entry in self.server.books.entries(self.account) if entry.kind == "charge"])
@@ -146,7 +169,8 @@ def ran(command: list[str], env: dict[str, str], cwd: Path = ROOT) -> str:
 
 
 def python(site: Site, script: str) -> Any:
-    return json.loads(ran([sys.executable, str(CLIENTS / script)], site.env()))
+    poor_key = site.server.books.account(1)[1]
+    return json.loads(ran([sys.executable, str(CLIENTS / script)], site.env(POOR_KEY=poor_key)))
 
 
 def is_paid(answer: dict[str, Any]) -> bool:
@@ -168,9 +192,12 @@ def test_python_client(site: Site) -> None:
     assert "Completed" in told["updates"]
     assert told["cancel"] == [499, "client_cancelled"]
     errors = told["errors"]
-    assert errors["invalid"][0] == 422
+    assert errors["invalid"][0] == errors["invalid_run"][0] == 422
     assert errors["unpriced"][0] == 404
     assert "no-such-model" in errors["unpriced"][1]
+    for name in ("poor_run", "poor_submit"):
+        assert errors[name][0] == 402
+        assert "needs 26.25 credits" in errors[name][1]
     assert errors["unknown_job"] == [404, "no such job of this account"]
     assert errors["webhook"][0] == 400
     assert site.charges() == 4
@@ -186,6 +213,11 @@ def test_python_client_async(site: Site) -> None:
     assert is_paid(told["subscribe"])
     assert told["cancel"] == [499, "client_cancelled"]
     assert told["together"] == [CHARGE] * 5
+    errors = told["errors"]
+    assert {name: status for name, (status, _) in errors.items()} == {
+        "invalid": 422, "unpriced": 404, "unknown_job": 404, "poor_run": 402, "poor_submit": 402,
+    }  # fmt: skip
+    assert errors["unknown_job"][1] == "no such job of this account"
     assert site.charges() == 8
 
 
@@ -210,6 +242,25 @@ def test_javascript_client(site: Site, node_folder: Path) -> None:
     assert "no-such-model" in errors["unpriced"]["message"]
     assert errors["unknownJob"]["body"]["status"] == "NOT_FOUND"
     assert site.charges() == 4
+
+
+def test_a_client_that_repeats_itself_pays_for_each_job_that_fal_has(site: Site, fal: Fal, tmp_path: Path) -> None:
+    """Row 28 of B3: fal's Python client submits again when an answer is lost; each job at fal is a charge."""
+    front = LossyFront(tmp_path)
+    front.to_lose = 2
+    front.lead_to(site.server.url)
+    prompt = f"lost {tmp_path.name}"
+    env = site.env() | {"FAL_QUEUE_RUN_HOST": f"{front.address}/queue", "SSL_CERT_FILE": str(front.authority_file)}
+    script = (
+        f"import fal_client; print(fal_client.submit('fal-ai/flux/dev', arguments={{'prompt': {prompt!r}}}).request_id)"
+    )
+    request_id = ran([sys.executable, "-c", script], env).strip()
+    front.close()
+    assert front.to_lose == 0
+    assert len(fal.calls(prompt)) == 3
+    calls = until(lambda: settled if len(settled := site.settled()) == 3 else None, what="all three are settled")
+    assert request_id in {call.fal_request_id for call in calls}
+    assert site.charges() == 3
 
 
 def streams_of(command: list[str], env: dict[str, str], cwd: Path, *hosts: str) -> Any:

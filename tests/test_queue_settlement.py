@@ -52,6 +52,7 @@ def ended(books: Books, account: str, *, within_s: float = 20) -> Any:
 def test_a_jobs_end_by_its_own_answer(
     shared_server: Server, books: Books, weather: str, state: str, micros: int, http_status: int, table_status: int
 ) -> None:
+    """Row 43 of B5: a job that failed without units is given back."""
     account, key = books.account(1000)
     by_fal, by_table = Jobs(shared_server, key), Jobs(shared_server, key, dialect="table")
     request_id = by_fal.job(weather=weather)
@@ -151,7 +152,7 @@ def test_a_submit_that_fal_refuses_is_released(shared_server: Server, books: Boo
 def test_a_submit_whose_answer_was_cut_keeps_its_hold(
     shared_server: Server, books: Books, fal: Fal, drop: str, dialect: str, status: int
 ) -> None:
-    """Row 30 of B3: fal accepted the job, the id was lost: never sent again, and the operator's to look into."""
+    """Rows 29 and 30 of B3: fal accepted the job, the id was lost: never sent again, the operator's to look into."""
     account, key = books.account(1000)
     prompt = f"cut {drop} {dialect}"
     cut = Jobs(shared_server, key, dialect=dialect).submit(body={**CAT, "prompt": prompt}, weather=f"drop={drop}")
@@ -237,6 +238,7 @@ def test_the_price_is_that_of_the_submit(shared_server: Server, books: Books, fa
 
 
 def test_a_job_that_nobody_asks_about_is_settled(fal: Fal, tmp_path: Path) -> None:
+    """Row 23 of B2, and row 40 of B5, whose 5,000 jobs `bench/queue.py` measures."""
     with Server.started(tmp_path, fal.url, ABHIAPI_RECONCILE_INTERVAL_S="1") as server:
         account, key = server.books.account(5000)
         customer = Jobs(server, key)
@@ -424,6 +426,7 @@ def test_after_a_restart_an_answer_without_units_is_the_operators(
 
 
 def test_an_ended_job_is_never_ended_again(rt: runtime.Runtime, fal: Fal, database: Database) -> None:
+    """Row 44 of B5: a second release or charge of a hold changes nothing."""
     books = Books(database)
     account, (job,) = placed(rt, fal, books, 1)
     books.write(lambda tx: calls.finish(tx, job.call, Verdict("released", reason="operator"), now_ms=rt.now_ms()))
