@@ -60,6 +60,7 @@ class Job:
     status: str = "IN_QUEUE"
     result_status: int = 200
     cancelled: bool = False
+    completed_at: datetime | None = None
     started: float = 0.0
     inference_s: float = 0.0
     logs: list[dict[str, str]] = field(default_factory=list)
@@ -120,7 +121,7 @@ class Queue:
             job.result_status = job.completed()
             job.inference_s = monotonic() - job.started
             self._log(job, "done")
-        job.status = "COMPLETED"
+        job.status, job.completed_at = "COMPLETED", self._now()
 
     def _wait(self, job: Job, seconds: float, gate: str | None) -> None:
         deadline = monotonic() + GATE_MAX_S
@@ -197,4 +198,10 @@ def _cancelled(job: Job) -> Reply:
 
 def listed(jobs: Iterable[Job]) -> list[dict[str, Any]]:
     """What the control page shows of jobs."""
-    return [{"request_id": job.request_id, "endpoint_id": job.endpoint_id, "status": job.status} for job in jobs]
+    return [
+        {
+            "request_id": job.request_id, "endpoint_id": job.endpoint_id, "status": job.status,
+            "completed_at": job.completed_at and job.completed_at.isoformat(),
+        }
+        for job in jobs
+    ]  # fmt: skip
