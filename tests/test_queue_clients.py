@@ -333,21 +333,25 @@ def test_streams_of_the_javascript_client(site: Site, fal: Fal, poor_key: str, n
     assert site.charges() == 5
 
 
-def snippet(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", DOCS, re.DOTALL)
+def snippet(language: str, section: str) -> list[str]:
+    """The blocks of one language in one section of the page."""
+    (text,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", DOCS, re.DOTALL | re.MULTILINE)
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def for_site(script: str, site: Site) -> str:
+    return script.replace("https://fal.example.com", site.server.url).replace("sk-fal-your-key", site.key)
 
 
 def test_the_docs_curl_lines_work(site: Site) -> None:
-    (script,) = snippet("sh")
-    script = script.replace("https://fal.example.com", site.server.url).replace("sk-fal-your-key", site.key)
-    site_url = site.server.url
-    output = ran(["bash", "-euo", "pipefail", "-c", script], site.env()).replace(site_url, "")
+    (script,) = snippet("sh", "curl")
+    output = ran(["bash", "-euo", "pipefail", "-c", for_site(script, site)], site.env())
     assert '"images"' in output
     assert site.charges() == 1
 
 
 def test_the_docs_python_lines_work(site: Site, tmp_path: Path) -> None:
-    (exports, script) = snippet("python")
+    (exports, script) = snippet("python", "Python")
     settings = dict(re.findall(r"^# export (\w+)=(\S+)$", exports, re.MULTILINE))
     assert settings == {
         "FAL_KEY": "sk-fal-your-key", "FAL_RUN_HOST": "fal.example.com", "FAL_QUEUE_RUN_HOST": "fal.example.com/queue",
@@ -361,8 +365,21 @@ def test_the_docs_python_lines_work(site: Site, tmp_path: Path) -> None:
 
 
 def test_the_docs_javascript_lines_work(site: Site, node_folder: Path) -> None:
-    (script,) = snippet("js")
-    script = script.replace("https://fal.example.com", site.server.url).replace("sk-fal-your-key", site.key)
-    (node_folder / "docs.mjs").write_text(script)
+    (script,) = snippet("js", "JavaScript")
+    (node_folder / "docs.mjs").write_text(for_site(script, site))
     assert "26.25" in ran(["node", "docs.mjs"], site.env(), node_folder)
     assert site.charges() == 1
+
+
+def test_the_docs_lines_about_streams_work(site: Site, node_folder: Path) -> None:
+    (curl,), (shown,) = snippet("sh", "Streaming"), snippet("text", "Streaming")
+    assert ran(["bash", "-euo", "pipefail", "-c", for_site(curl, site)], site.env()) == shown
+    (python_lines,) = snippet("python", "Streaming")
+    urls = ran([sys.executable, "-c", python_lines], site.env()).split()
+    assert len(urls) == 4
+    (setting_up,), (script,) = snippet("js", "JavaScript"), snippet("js", "Streaming")
+    (node_folder / "docs_stream.mjs").write_text(for_site(setting_up.split("const result")[0] + script, site))
+    *js_urls, inference_s = ran(["node", "docs_stream.mjs"], site.env(), node_folder).split()
+    assert len(js_urls) == 4
+    assert 0 < float(inference_s) < 4
+    assert site.charges() == 3
