@@ -38,6 +38,7 @@ INTERVAL_S = 5  # ABHIAPI_RECONCILE_INTERVAL_S as it comes
 TARGET_P99_S = 2 * INTERVAL_S  # contract 2
 LEAD_S, WINDOW_S, TAIL_S = 15, 30, 60
 SUBMITTERS = 32
+FAR_S = 0.15  # how long each answer about a job takes, as from a fal that is far away
 EVENTS, EVENT_S = 20, 1.0
 SEED = 3
 
@@ -46,9 +47,9 @@ The simulator and the load generator share a core, the proxy has one for itself.
 be ok, no hold left, and the balance exact.
 
 - Jobs are submitted through the proxy, and from then on nobody asks about them. Each completes at a random moment of
-  the same {WINDOW_S} s. *Settled after* is the time from the simulator's completion of a job to its `finished_at` in
-  the ledger. *Calls to fal* are status and result calls, of the whole time that jobs were open. CPU is the proxy's,
-  while nothing was done but looking at open jobs.
+  the same {WINDOW_S} s, and each answer about one takes {FAR_S} s, as from a fal that is far away. *Settled after* is
+  the time from the simulator's completion of a job to its `finished_at` in the ledger. *Calls to fal* are status and
+  result calls, of the whole time that jobs were open. CPU is the proxy's, while it only looked at open jobs.
 - An event's *age* is the time from its being sent by the simulator to its arrival; streams send one event a second, and
   start evenly over a second. The direct connection is measured with the same load generator right before.
 - Targets: 99 of 100 jobs settled within {TARGET_P99_S} s, twice `ABHIAPI_RECONCILE_INTERVAL_S`; every stream whole; the
@@ -153,7 +154,8 @@ async def _submit(proxy: Running, completes: list[float]) -> None:
     async def work(sock: socket.socket) -> None:
         for moment in todo:
             waits_s = max(0.0, moment - time.monotonic())
-            headers = proxy.headers | {"x-fal-sandbox": f"run_s=0; queue_s={waits_s:.3f}"}
+            weather = f"run_s=0; queue_s={waits_s:.3f}; poll_delay_s={FAR_S}"
+            headers = proxy.headers | {"x-fal-sandbox": weather}
             status = await load.call(sock, load.Request(proxy.port, "/queue" + MODEL_PATH, headers, small_body()))
             if status != 200:
                 raise BenchError(f"a submit got {status}")

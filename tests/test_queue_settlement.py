@@ -312,9 +312,11 @@ def rt(database: Database, fal: Fal) -> Iterator[runtime.Runtime]:
     made.close()
 
 
-def placed(rt: runtime.Runtime, fal: Fal, books: Books, count: int, *, weather: str = "") -> tuple[str, list[jobs.Job]]:
+def placed(
+    rt: runtime.Runtime, fal: Fal, books: Books, count: int, *, weather: str = "", credits: int = 5000
+) -> tuple[str, list[jobs.Job]]:
     """Jobs at fal, and the rows that a server would have written for them."""
-    account, key = books.account(5000)
+    account, key = books.account(credits)
     caller = rt.authenticate(key)
     price = rt.catalogue().price_of("fal-ai/flux/dev")
     session = requests.Session()
@@ -371,6 +373,17 @@ def test_a_round_leaves_running_jobs_alone(rt: runtime.Runtime, fal: Fal, databa
     assert (done.looked_at, done.ended, done.failed) == (2, 0, 0)
     assert books.standing(account)[1] == 2 * FLUX_MICROS
     fal.release("a-round-passed")
+
+
+def test_a_round_waits_for_many_answers_at_once(rt: runtime.Runtime, fal: Fal, database: Database) -> None:
+    """Row 40 of B5: with fal far away a round over many jobs takes hardly longer than one look."""
+    books = Books(database)
+    placed(rt, fal, books, reconcile.AT_ONCE, weather="poll_delay_s=0.5; hold_until=never-far-away", credits=10_000)
+    started = time.monotonic()
+    done = reconcile.run_once(rt)
+    assert (done.looked_at, done.ended, done.failed) == (reconcile.AT_ONCE, 0, 0)
+    assert time.monotonic() - started < 4 * 0.5
+    assert reconcile.AT_ONCE * 5 / 0.15 > 5_000  # answers of 0.15 s, in one interval
 
 
 def test_a_round_with_fal_in_trouble_ends_nothing(rt: runtime.Runtime, fal: Fal, database: Database) -> None:

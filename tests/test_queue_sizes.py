@@ -24,7 +24,7 @@ from tests.test_queue import FLUX_MICROS, Jobs
 
 OPEN = 200
 RACED = 300
-ROWS = 1_000
+ROWS = 300
 THREADS = 16
 
 

@@ -117,8 +117,9 @@ class Sandbox:
             reply = error if wanted.body is None else replies.odd(status, wanted.body)
         else:
             reply = self.queue.answer(environ, action, request_id)
-        if wanted is not None and wanted.delay_s:
-            gevent.sleep(float(wanted.delay_s))
+        delay_s = self.queue.poll_delay_s(request_id) + (wanted.delay_s if wanted is not None else 0)
+        if delay_s:
+            gevent.sleep(float(delay_s))
         client = environ.get("sandbox.socket")
         if wanted is None or not wanted.needs_socket or client is None:
             return _respond(reply, start_response)

@@ -179,9 +179,10 @@ Weather: how the next answers go wrong
   size_bytes         a JSON object of that many bytes
   echo               1: the request body's sha256 and length
   queue_s, run_s     seconds a queued job waits, and runs; queue_until: waits until a name is released (hold_until:
-                     runs until); ignores_cancel=1: once it runs, it finishes. status, units, body and so on are the
-                     job's result's, the connection's weather is the submit's. Ahead of time, a match of queue/status,
-                     queue/result or queue/cancel, with /REQUEST_ID for one job's, is for the next such call:
+                     runs until); ignores_cancel=1: once it runs, it finishes; poll_delay_s: seconds before each
+                     answer about it. status, units, body and so on are the job's result's, the connection's weather
+                     is the submit's. Ahead of time, a match of queue/status, queue/result or queue/cancel, with
+                     /REQUEST_ID for one job's, is for the next such call:
                      status, body, delay_s, connection
   events             of a stream; event_delay_s: seconds between them; event_gate: event n + 1 waits until the name
                      and "-n" is released; cut_after: the connection ends after so many; pings=1: a comment before

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from decimal import Decimal
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
@@ -87,6 +88,10 @@ class Queue:
         self.jobs[job.request_id] = job
         gevent.spawn(self._live, job)
         return replies.of_json(200, _described(job, self._position(job), with_logs=False))
+
+    def poll_delay_s(self, request_id: str) -> Decimal:
+        job = self.jobs.get(request_id)
+        return job.weather.poll_delay_s if job else Decimal(0)
 
     def answer(self, environ: WSGIEnvironment, action: str, request_id: str) -> Reply:
         """Everything but a submit."""

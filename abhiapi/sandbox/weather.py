@@ -58,6 +58,7 @@ class Weather:
     run_s: Decimal = Decimal("0.03")
     queue_until: str | None = None
     ignores_cancel: bool = False
+    poll_delay_s: Decimal = Decimal(0)
     events: int = 4  # of a stream, as are all below
     event_delay_s: Decimal = Decimal(0)
     event_gate: str | None = None  # event n + 1 waits for the name and "-n"
@@ -218,6 +219,7 @@ _PARSERS = {
     "run_s": _seconds,
     "queue_until": _name,
     "ignores_cancel": _flag,
+    "poll_delay_s": _seconds,
     "events": lambda value: _whole(value, 1, EVENTS_MAX),
     "event_delay_s": _seconds,
     "event_gate": _name,
