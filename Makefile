@@ -20,9 +20,10 @@ check: ## Formatting, lint and types.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: ## This proxy, nginx and the official fal proxy side by side (see bench/RESULTS.md).
+bench: ## This proxy, nginx and the official fal proxy side by side, then jobs and streams (see bench/RESULTS.md).
 	@tools/bootstrap requirements-dev.txt
 	$(BIN)/python bench/run.py
+	$(BIN)/python bench/run_queue.py
 
 clean: ## Remove what the other verbs made, but never the databases in instance/.
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

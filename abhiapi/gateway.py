@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from time import monotonic
 from typing import Any
 
-from abhiapi import admission, calls, encodings, jsonbytes, keys, metering, pricing, replay, wire
+from abhiapi import admission, calls, encodings, eventstream, jsonbytes, keys, metering, pricing, replay, wire
 from abhiapi.admission import WHOLE_BYTES_MAX, Call, Outcome, Reply, Request
 from abhiapi.errors import BodyIncomplete, UpstreamError, UpstreamRefused
 from abhiapi.fal import FalReply
@@ -140,8 +140,10 @@ class MeteredBody:
         self.is_changed = self.is_json or self.is_event_stream
         self._read1 = encodings.DecodingReader(reply.read1) if self.is_decoded else reply.read1
         self._unit_headers = reply.values(metering.UNITS_HEADER)
-        self._needs_answer = self.is_json and metering.needs_answer(reply.status, self._unit_headers)
-        self._shrinker = jsonbytes.Shrinker() if self._needs_answer else None
+        needs_answer = metering.needs_answer(reply.status, self._unit_headers)
+        self._needs_answer = needs_answer and (self.is_json or self.is_event_stream)
+        self._shrinker = jsonbytes.Shrinker() if needs_answer and self.is_json else None
+        self._last_event = eventstream.LastEvent() if needs_answer and self.is_event_stream else None
         self._gathered: deque[bytes] = deque()  # read from fal and not passed on yet
         self._ended = False  # fal's body was read to its whole end
         self._outcome: Outcome | None = None
@@ -207,20 +209,26 @@ class MeteredBody:
     def _iterate(self) -> Generator[bytes]:
         splicer = jsonbytes.Splicer() if self.is_json else None
         give_up = self._call.started + self._rt.settings.upstream_timeout_s + SLOW_CALLER_S
-        last = b""
+        last, cut = b"", b""
         if self.is_event_stream:
             yield b""  # the head leaves now: the first event may be long in coming
         while piece := self._next_piece():
             if splicer:
                 ready = splicer.feed(piece)
             elif self.is_event_stream:
-                ready, last = piece, piece[-1:]
+                piece = cut + piece
+                at = eventstream.whole_until(piece)
+                ready, cut = piece[:at], piece[at:]
+                last = ready[-1:] or last
             else:  # settled before the last byte leaves
                 ready, last = last + piece[:-1], piece[-1:]
             if ready:
                 yield ready
             if monotonic() > give_up:
                 raise BodyIncomplete("the answer was read too slowly")  # `close` reads the rest and settles
+        if cut:
+            yield cut
+            last = cut[-1:]
         outcome = self.settle()
         member = wire.billing_member(self._call.open.model, outcome.charge_micros, outcome.balance_micros)
         if splicer:
@@ -248,13 +256,23 @@ class MeteredBody:
                 self._shrinker.feed(piece)
             except ValueError:
                 self._shrinker = None  # no JSON that can be read: the verdict will be that the cost is not known
+        elif self._last_event is not None:
+            self._last_event.feed(piece)
         return piece
 
     def _drain(self) -> None:
-        """The caller is gone: read fal's answer to its end, because fal bills it, and settle."""
+        """The caller is gone: read fal's answer to its end, because fal bills it, and settle.
+
+        An answer that does not end in time is dropped. Its head says what it costs, or the operator is asked.
+        """
+        give_up = monotonic() + self._rt.settings.upstream_timeout_s
         try:
             while self._next_piece():
-                pass
+                if monotonic() > give_up:
+                    log.error("%s: fal's answer has no end, and is dropped", call_text(self._call.open.call_id))
+                    if self._needs_answer:
+                        self._end_hold(Verdict("unknown", reason="answer_without_end"))
+                    break
             self.settle()
         except UpstreamError as error:
             log.info("fal's answer to a caller who had hung up broke off: %s", error.message)
@@ -275,6 +293,8 @@ class MeteredBody:
     def _answer_object(self) -> Mapping[str, Any] | None:
         if self._gathered:
             return jsonbytes.parse_object(b"".join(self._gathered))
+        if self._last_event is not None:
+            return self._last_event.answer()
         try:
             return jsonbytes.parse_object(self._shrinker.end()) if self._shrinker else None
         except ValueError:

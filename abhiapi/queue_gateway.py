@@ -373,6 +373,7 @@ class StatusEvents:
 
     def _iterate(self) -> Generator[bytes]:
         rest, last = b"", b"\n"
+        yield b""  # the head leaves now: fal may have nothing to say about the job for long
         while piece := self._reply.read1():
             *lines, rest = (rest + piece).split(b"\n")
             if len(rest) > EVENT_BYTES_MAX:

@@ -76,7 +76,7 @@ def calls(request: Request, *, connections: int, per_connection: int) -> Outcome
 
 async def _calls(request: Request, connections: int, per_connection: int) -> Outcome:
     gate = asyncio.Semaphore(CONNECT_AT_ONCE)
-    sockets = await asyncio.gather(*(_connect(request.port, gate) for _ in range(connections)))
+    sockets = await asyncio.gather(*(connect(request.port, gate) for _ in range(connections)))
     started = time.perf_counter()
     results = await asyncio.gather(*(_worker(sock, request, per_connection) for sock in sockets))
     seconds = time.perf_counter() - started
@@ -98,7 +98,7 @@ def percentile(ordered: list[float], percent: int) -> float:
     return ordered[math.ceil(len(ordered) * percent / 100) - 1] if ordered else math.nan
 
 
-async def _connect(port: int, gate: asyncio.Semaphore) -> socket.socket:
+async def connect(port: int, gate: asyncio.Semaphore) -> socket.socket:
     async with gate:
         sock = socket.socket()
         sock.setblocking(False)
@@ -113,7 +113,7 @@ async def _worker(sock: socket.socket, request: Request, count: int) -> list[flo
     for _ in range(count):
         started = time.perf_counter()
         try:
-            status = await asyncio.wait_for(_call(sock, request), CALL_TIMEOUT_S)
+            status = await asyncio.wait_for(call(sock, request), CALL_TIMEOUT_S)
         except (OSError, EOFError):
             break
         if status == 200:
@@ -121,7 +121,7 @@ async def _worker(sock: socket.socket, request: Request, count: int) -> list[flo
     return latencies
 
 
-async def _call(sock: socket.socket, request: Request) -> int:
+async def call(sock: socket.socket, request: Request) -> int:
     loop = asyncio.get_running_loop()
     await loop.sock_sendall(sock, request.head())
     await loop.sock_sendall(sock, request.body)

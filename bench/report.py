@@ -92,6 +92,16 @@ def missed_targets(results: Results) -> list[str]:
     return missed
 
 
+def write_chapter(file: Path, chapter: str) -> None:
+    """Put a chapter, which begins with its "# Title", into a page of several: in its old one's place, or at the end."""
+    title = chapter.split("\n", 1)[0]
+    chapters = re.split(r"^(?=# )", file.read_text() if file.exists() else "", flags=re.MULTILINE)
+    kept = [chapter if text.split("\n", 1)[0] == title else text for text in chapters if text.strip()]
+    if chapter not in kept:
+        kept.append(chapter)
+    file.write_text("\n".join(text.strip("\n") + "\n" for text in kept))
+
+
 def machine(cores: Cores, folder: Path) -> str:
     """Where these figures come from, as a Markdown list."""
     model = _first_match(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
@@ -103,7 +113,7 @@ def machine(cores: Cores, folder: Path) -> str:
         f"load average {os.getloadavg()[0]:.2f} before the start",
         f"Commit: {_output('git', '-C', str(ROOT), 'describe', '--always', '--dirty') or 'none yet'}; "
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        f"Command: `{' '.join(('python bench/run.py', *sys.argv[1:]))}`",
+        f"Command: `{' '.join(('python bench/' + Path(sys.argv[0]).name, *sys.argv[1:]))}`",
         f"Python {platform.python_version()}, {_versions('gunicorn', 'gevent', 'flask', 'sqlalchemy')}; "
         f"{_output('nginx', '-v').removeprefix('nginx version: ')}; Node.js {_output('node', '--version')}, "
         + ", ".join(f"{name} {number}" for name, number in express),

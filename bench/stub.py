@@ -18,6 +18,7 @@ from pathlib import Path
 from nginx import nginx
 from process import Process, free_port
 
+ROOT = Path(__file__).resolve().parents[1]
 MODEL_PATH = "/fal-ai/flux/dev"
 BIG_BYTES = 50_000_000
 SLOW_ANSWER_S = 5.0
@@ -105,6 +106,20 @@ def python_stub(folder: Path, core: int) -> Iterator[Stub]:
     script = Path(__file__).with_name("stub_server.py")
     argv = [sys.executable, str(script), "--port", str(port)]
     process = Process(argv, core=core, env=os.environ, cwd=folder, log=folder / "stub.log")
+    try:
+        process.wait_until_listening(port)
+        yield Stub(port)
+    finally:
+        process.stop(kill=True)
+
+
+@contextlib.contextmanager
+def simulator(folder: Path, core: int) -> Iterator[Stub]:
+    """This repository's fal simulator, with its queue and its streams."""
+    port = free_port()
+    argv = [sys.executable, str(ROOT / "cli.py"), "sandbox", "--bind", f"127.0.0.1:{port}"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = Process(argv, core=core, env=env, cwd=folder, log=folder / "simulator.log")
     try:
         process.wait_until_listening(port)
         yield Stub(port)

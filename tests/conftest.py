@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from abhiapi import runtime
 from abhiapi.db import Database
 from abhiapi.migrations import migrate
-from tests.harness import Books, Clock, Fal, Server
+from abhiapi.settings import Settings
+from tests.harness import OPERATOR_KEY, Books, Clock, Fal, Server
+from tests.scripted import House, ScriptedFal
 
 STRICT_BODY_BYTES = 300_000  # more than a body that is kept in memory
 
@@ -53,3 +56,18 @@ def strict_server(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def books(shared_server: Server) -> Books:
     """The database of the shared server, as an operator would change it from another process."""
     return shared_server.books
+
+
+@pytest.fixture
+def house(tmp_path: Path, clock: Clock) -> Iterator[House]:
+    """A runtime without a server whose fal says what it is told to; afterwards nothing is left open."""
+    url = f"sqlite:///{tmp_path / 'abhiapi.db'}"
+    rt = runtime.start(Settings.from_env({"FAL_KEY": OPERATOR_KEY, "ABHIAPI_DATABASE_URL": url}), now_ms=clock)
+    rt.fal_run.close()
+    rt.fal_run = fal = ScriptedFal()  # type: ignore[assignment]
+    books = Books(rt.database, clock)
+    account, key = books.account(1000)
+    yield House(rt, fal, books, account, key)
+    assert rt.limits.in_flight() == 0
+    assert books.verify().problems == []
+    rt.close()

@@ -16,7 +16,19 @@ PACKAGE = ROOT / "abhiapi"
 
 # From the ground up; a module may import those of its own floor and below. A package stands for all in it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "money", "ids", "estimates", "pricing", "metering", "jsonbytes", "encodings", "wire", "queuewire"),
+    (
+        "errors",
+        "money",
+        "ids",
+        "estimates",
+        "pricing",
+        "metering",
+        "jsonbytes",
+        "encodings",
+        "eventstream",
+        "wire",
+        "queuewire",
+    ),
     ("settings", "tables", "db", "migrations", "committer", "http_parser", "http_adapter", "fal", "metrics", "polls"),
     ("ledger", "calls", "jobs", "idempotency", "keys", "accounts", "prices", "processes", "reports", "audit", "shapes"),
     ("limits", "runtime", "admission", "replay", "gateway", "settlement", "queue_gateway", "reconcile", "sweep"),

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import sqlite3
-from collections.abc import Iterator
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import gevent
@@ -16,27 +13,12 @@ from sqlalchemy import text
 
 from abhiapi import admission, calls, errors, gateway, runtime
 from abhiapi.metering import released
-from abhiapi.settings import Settings
-from tests.harness import OPERATOR_KEY, Books, Clock
-from tests.scripted import FLUX, JSON, PICTURE, UNITS, House, Piece, ScriptedFal, answer, in_pieces
+from tests.harness import OPERATOR_KEY
+from tests.scripted import JSON, PICTURE, UNITS, House, Piece, answer, in_pieces
 
 MEGAPIXEL = 26_250  # micros: 0.025 USD and a margin of 5 percent
 START = 1_000_000
 LARGE = b'{"image":{"content":"' + b"x" * 300_000 + b'"}}'
-
-
-@pytest.fixture
-def house(tmp_path: Path, clock: Clock) -> Iterator[House]:
-    url = f"sqlite:///{tmp_path / 'abhiapi.db'}"
-    rt = runtime.start(Settings.from_env({"FAL_KEY": OPERATOR_KEY, "ABHIAPI_DATABASE_URL": url}), now_ms=clock)
-    rt.fal_run.close()
-    rt.fal_run = fal = ScriptedFal()  # type: ignore[assignment]
-    books = Books(rt.database, clock)
-    account, key = books.account(1000)
-    yield House(rt, fal, books, account, key)
-    assert rt.limits.in_flight() == 0
-    assert books.verify().problems == []
-    rt.close()
 
 
 def billing(body: bytes) -> dict[str, Any]:
@@ -137,50 +119,6 @@ def test_a_large_answer_that_is_no_json_after_all_is_not_computed(house: House) 
     b"".join(reply.body)
     reply.body.close()
     assert house.last().state == "unknown"
-
-
-# --- event streams ----------------------------------------------------------------------------------------------
-
-STREAM = ("content-type", "text/event-stream; charset=utf-8")
-
-
-@pytest.mark.parametrize("extra", [(), (("content-length", "11"),)])
-@pytest.mark.parametrize(("end", "separator"), [(b"\n\n", b""), (b"\n", b""), (b"", b"\n"), (b"\r\n\r\n", b"")])
-def test_an_event_stream_ends_with_one_comment(
-    house: House, end: bytes, separator: bytes, extra: tuple[tuple[str, str], ...]
-) -> None:
-    house.fal.answer = answer([b"data: {}\n\n", b"data: 1" + end], STREAM, UNITS, *extra)
-    reply = house.call(FLUX + "/stream")
-    received = b"".join(reply.body)
-    reply.body.close()
-    assert received.startswith(b"data: {}\n\ndata: 1" + end + separator + b": _billing {")
-    assert received.endswith(b"}\n")
-    assert ("X-Accel-Buffering", "no") in reply.headers
-    assert "content-length" not in {name.lower() for name, _ in reply.headers}
-    assert (house.last().mode, house.last().charged_micros) == ("stream", MEGAPIXEL)
-
-
-def test_a_compressed_event_stream_is_made_plain_before_its_comment(house: House) -> None:
-    packed = gzip.compress(b"data: {}\n\n")
-    house.fal.answer = answer([packed[:9], packed[9:]], STREAM, UNITS, ("content-encoding", "gzip"))
-    reply = house.call(FLUX + "/stream")
-    assert b"".join(reply.body).startswith(b"data: {}\n\n: _billing {")
-    reply.body.close()
-    assert "content-encoding" not in {name.lower() for name, _ in reply.headers}
-
-
-def test_a_stream_in_an_encoding_that_we_do_not_know_is_left_alone(house: House) -> None:
-    house.fal.answer = answer([b"\x8b\x01\x02"], STREAM, UNITS, ("content-encoding", "br"))
-    reply = house.call(FLUX + "/stream")
-    assert b"".join(reply.body) == b"\x8b\x01\x02"
-    reply.body.close()
-    assert ("content-encoding", "br") in reply.headers
-
-
-def test_an_error_that_comes_as_a_stream_is_told_in_our_words(house: House) -> None:
-    house.fal.answer = answer([b"data: no\n\n"], STREAM, status=500)
-    reply = house.call(FLUX + "/stream")
-    assert (reply.status, json.loads(reply.body)["error"]["type"]) == (502, "upstream_error")
 
 
 # --- a caller who hangs up --------------------------------------------------------------------------------------

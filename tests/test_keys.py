@@ -203,7 +203,7 @@ def test_only_an_active_key_is_rotated(customer: Customer, clock: Clock, status:
 
 
 def test_ten_rotations_with_grace_leave_what_can_be_spent_as_it_was(customer: Customer, clock: Clock) -> None:
-    """Credit belongs to the account: a copy of a key is no copy of its credit."""
+    """Row 45 of B5: credit belongs to the account: a copy of a key is no copy of its credit."""
     key = stored(customer)
     for _ in range(10):
         _, key = customer.write(lambda tx, key=key: keys.rotate(tx, key, grace_ms=MINUTE_MS, now_ms=clock.now_ms))
@@ -212,6 +212,7 @@ def test_ten_rotations_with_grace_leave_what_can_be_spent_as_it_was(customer: Cu
 
 
 def test_keys_that_begin_alike_are_different_keys(customer: Customer) -> None:
+    """Row 59 of B8."""
     ends = iter([5] * 25 + [6] + [5] * 25 + [7])
     first, second = (keys.new_key(lambda below: next(ends)) for _ in range(2))
     assert first[:32] == second[:32]

@@ -209,6 +209,7 @@ class Ledger(RuleBasedStateMachine):
 
     @invariant()
     def the_books_are_right(self) -> None:
+        """Rows 27 of B3 and 38 of B5: what is kept twice is recounted after every step."""
         finding = self.rt.reader.read(audit.verify)
         assert finding.problems == []
         assert finding.entries == sum(len(books.amounts) for books in self.books.values())

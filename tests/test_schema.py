@@ -105,11 +105,14 @@ ENTRY = (
         (f"{ENTRY} VALUES (1, 99, 'topup', 0, 0, NULL, NULL, 1, randomblob(32))", "CHECK"),
         (f"{ENTRY} VALUES (1, 99, 'topup', 1, 0, NULL, NULL, 1, x'00')", "CHECK"),
         (f"{ENTRY} VALUES (77, 1, 'topup', 1, 0, NULL, NULL, 1, randomblob(32))", "FOREIGN KEY"),
+        ("UPDATE calls SET account_id = NULL", "NOT NULL"),
+        ("UPDATE keys SET account_id = NULL", "NOT NULL"),
         ("UPDATE calls SET mode = 'queue', fal_request_id = 'one job'", "UNIQUE"),
         ("INSERT INTO accounts (name, created_at) VALUES ('', 1)", "CHECK"),
         ("INSERT INTO accounts (name, created_at) VALUES ('ann', 1)", "UNIQUE"),
     ],
 )
 def test_the_database_itself_forbids(raw: sqlite3.Connection, statement: str, complaint: str) -> None:
+    """Row 58 of B8 among them: nothing is without an owner."""
     with pytest.raises(sqlite3.IntegrityError, match=complaint):
         raw.execute(statement)

@@ -21,7 +21,7 @@ import gevent
 
 from abhiapi.metering import parse_units
 from abhiapi.pricing import PriceRule, decimal_text
-from abhiapi.sandbox import answers, control, files, queue, replies, transport, validation, weather
+from abhiapi.sandbox import answers, control, files, queue, replies, streams, transport, validation, weather
 from abhiapi.sandbox.models import model_of
 from abhiapi.sandbox.records import BODY_TEXT_MAX_BYTES, Bill, CallLog, Forecast, Gates, Received
 from abhiapi.sandbox.replies import Reply
@@ -65,6 +65,7 @@ class _Call:
     host: str
     body: bytes | None
     start_timeout: bool
+    is_stream: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class _Outcome:
     reply: Reply
     units: Decimal | None
     rule: PriceRule | None = None
+    events: tuple[bytes, ...] = ()  # in the reply's place, where a stream was asked for
 
 
 class Sandbox:
@@ -115,8 +117,9 @@ class Sandbox:
             reply = error if wanted.body is None else replies.odd(status, wanted.body)
         else:
             reply = self.queue.answer(environ, action, request_id)
-        if wanted is not None and wanted.delay_s:
-            gevent.sleep(float(wanted.delay_s))
+        delay_s = self.queue.poll_delay_s(request_id) + (wanted.delay_s if wanted is not None else 0)
+        if delay_s:
+            gevent.sleep(float(delay_s))
         client = environ.get("sandbox.socket")
         if wanted is None or not wanted.needs_socket or client is None:
             return _respond(reply, start_response)
@@ -219,12 +222,16 @@ class Sandbox:
         if wanted.hold_until is not None and not self.gates.wait(wanted.hold_until, HOLD_MAX_S):
             detail = f"{wanted.hold_until!r} was not released within {HOLD_MAX_S} s"
             return _Outcome(replies.of_json(500, {"detail": detail, "error_type": "internal_error"}), None)
-        rule = self.rules.get(call.endpoint_id)
-        if rule is None:
+        rule = self.rules.get(call.endpoint_id.removesuffix(streams.SUFFIX))
+        call = replace(call, is_stream=call.endpoint_id.endswith(streams.SUFFIX))
+        if rule is None or (call.is_stream and not model_of(rule).streams):
             return _Outcome(replies.not_found(call.path), Decimal(0))
         if call.received.method not in ("POST", "GET"):
             return _Outcome(replies.error(405, call.path, call.host).with_headers(("allow", "GET, POST")), None)
-        return _outcome(call, wanted, rule)
+        outcome = _outcome(call, wanted, rule)
+        if not outcome.events:
+            return outcome
+        return replace(outcome, reply=streams.reply(outcome.reply.status, list(outcome.events), wanted, self.gates))
 
     def _count(self, call: _Call, outcome: _Outcome, wanted: Weather) -> None:
         """The call on the bill, if fal would bill it."""
@@ -237,7 +244,7 @@ class Sandbox:
             status = outcome.reply.status
             if units is not None and _is_billed(status, units):
                 request_id = call.received.request_id
-                self.bill.add(request_id, outcome.rule, status, units, delivered=not wanted.breaks_http)
+                self.bill.add(request_id, outcome.rule, status, units, delivered=wanted.arrives_whole)
 
     def _adorned(self, call: _Call, outcome: _Outcome, wanted: Weather) -> Reply:
         """The reply with fal's headers."""
@@ -286,7 +293,9 @@ def _outcome(call: _Call, wanted: Weather, rule: PriceRule) -> _Outcome:
     reply = replies.odd(status, wanted.body) if wanted.body is not None else replies.of_json(status, answer)
     if status == 204:
         reply = replies.of_bytes(status, b"")
-    return _Outcome(reply, billed_units(rule, call_input, work), rule)
+    is_stream = call.is_stream and wanted.body is None and status != 204
+    events = tuple(streams.events(request, answer, wanted.events)) if is_stream else ()
+    return _Outcome(reply, billed_units(rule, call_input, work), rule, events)
 
 
 def _input(call: _Call) -> tuple[Mapping[str, Any], list[validation.Problem]]:

@@ -146,9 +146,11 @@ What it imitates
   fal's validation errors for missing or wrong prompt, image_url, num_images, image_size, duration
   fal's error bodies by status (weather "status")
   the queue under /queue: submit, status, status/stream, result, cancel, with and without a sub-path
+  /stream of models that answer with pictures and their sizes, or with text: partial outputs, the complete one last.
+    Which of fal's models stream is not published, nor whether their streams say units: here the head does
 
 What it does not imitate
-  /stream, webhooks (a fal_webhook is not called), uploads, WebSockets, the platform API; CORS
+  webhooks (a fal_webhook is not called), uploads, WebSockets, the platform API; CORS
   anything that depends on what a picture or prompt shows: filters, refusals, the size of a remote image
     (which counts as 1024 x 1024, unless its URL is one of this simulator's), the real time a model takes
   parameters beyond those above; fal's exact rounding of megapixels, which fal does not publish
@@ -177,10 +179,15 @@ Weather: how the next answers go wrong
   size_bytes         a JSON object of that many bytes
   echo               1: the request body's sha256 and length
   queue_s, run_s     seconds a queued job waits, and runs; queue_until: waits until a name is released (hold_until:
-                     runs until); ignores_cancel=1: once it runs, it finishes. status, units, body and so on are the
-                     job's result's, the connection's weather is the submit's. Ahead of time, a match of queue/status,
-                     queue/result or queue/cancel, with /REQUEST_ID for one job's, is for the next such call:
+                     runs until); ignores_cancel=1: once it runs, it finishes; poll_delay_s: seconds before each
+                     answer about it. status, units, body and so on are the job's result's, the connection's weather
+                     is the submit's. Ahead of time, a match of queue/status, queue/result or queue/cancel, with
+                     /REQUEST_ID for one job's, is for the next such call:
                      status, body, delay_s, connection
+  events             of a stream; event_delay_s: seconds between them; event_gate: event n + 1 waits until the name
+                     and "-n" is released; cut_after: the connection ends after so many; pings=1: a comment before
+                     each, with this machine's monotonic clock in nanoseconds; split=1: each in two chunks, cut inside a
+                     character; unended=1: no line end after the last
   (with size_bytes and echo the input is not looked at, and the call is billed as 1 unit)
   all keys: {keys}
 

@@ -33,6 +33,11 @@ class Model:
     sized_video: bool = False
     scale: int = 1
 
+    @property
+    def streams(self) -> bool:
+        """Whether it has a ``/stream``. fal publishes no list: here pictures with sizes and texts have one."""
+        return self.shape in ("image", "text")
+
 
 # Members that stand in for another: models differ in the name, and a simulator should not be pickier than they are.
 STAND_INS = {

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from decimal import Decimal
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
@@ -60,6 +61,7 @@ class Job:
     status: str = "IN_QUEUE"
     result_status: int = 200
     cancelled: bool = False
+    completed_at: datetime | None = None
     started: float = 0.0
     inference_s: float = 0.0
     logs: list[dict[str, str]] = field(default_factory=list)
@@ -86,6 +88,10 @@ class Queue:
         self.jobs[job.request_id] = job
         gevent.spawn(self._live, job)
         return replies.of_json(200, _described(job, self._position(job), with_logs=False))
+
+    def poll_delay_s(self, request_id: str) -> Decimal:
+        job = self.jobs.get(request_id)
+        return job.weather.poll_delay_s if job else Decimal(0)
 
     def answer(self, environ: WSGIEnvironment, action: str, request_id: str) -> Reply:
         """Everything but a submit."""
@@ -120,7 +126,7 @@ class Queue:
             job.result_status = job.completed()
             job.inference_s = monotonic() - job.started
             self._log(job, "done")
-        job.status = "COMPLETED"
+        job.status, job.completed_at = "COMPLETED", self._now()
 
     def _wait(self, job: Job, seconds: float, gate: str | None) -> None:
         deadline = monotonic() + GATE_MAX_S
@@ -197,4 +203,10 @@ def _cancelled(job: Job) -> Reply:
 
 def listed(jobs: Iterable[Job]) -> list[dict[str, Any]]:
     """What the control page shows of jobs."""
-    return [{"request_id": job.request_id, "endpoint_id": job.endpoint_id, "status": job.status} for job in jobs]
+    return [
+        {
+            "request_id": job.request_id, "endpoint_id": job.endpoint_id, "status": job.status,
+            "completed_at": job.completed_at and job.completed_at.isoformat(),
+        }
+        for job in jobs
+    ]  # fmt: skip

@@ -26,6 +26,7 @@ LENGTHS = ("short", "long")
 DELAY_MAX_S = Decimal(600)
 SIZE_MIN_BYTES = 64
 SIZE_MAX_BYTES = 4 * 1024**3
+EVENTS_MAX = 1_000_000
 
 
 class WeatherError(ValueError):
@@ -57,6 +58,14 @@ class Weather:
     run_s: Decimal = Decimal("0.03")
     queue_until: str | None = None
     ignores_cancel: bool = False
+    poll_delay_s: Decimal = Decimal(0)
+    events: int = 4  # of a stream, as are all below
+    event_delay_s: Decimal = Decimal(0)
+    event_gate: str | None = None  # event n + 1 waits for the name and "-n"
+    cut_after: int | None = None
+    pings: bool = False
+    split: bool = False
+    unended: bool = False
 
     @property
     def keeps_body(self) -> bool:
@@ -72,6 +81,10 @@ class Weather:
     def breaks_http(self) -> bool:
         """Whether a client cannot get the answer whole."""
         return bool(self.drop or self.length or self.garbage or self.huge_head)
+
+    @property
+    def arrives_whole(self) -> bool:
+        return not self.breaks_http and self.cut_after is None
 
     @property
     def needs_socket(self) -> bool:
@@ -206,4 +219,12 @@ _PARSERS = {
     "run_s": _seconds,
     "queue_until": _name,
     "ignores_cancel": _flag,
+    "poll_delay_s": _seconds,
+    "events": lambda value: _whole(value, 1, EVENTS_MAX),
+    "event_delay_s": _seconds,
+    "event_gate": _name,
+    "cut_after": lambda value: _whole(value, 0, EVENTS_MAX),
+    "pings": _flag,
+    "split": _flag,
+    "unended": _flag,
 }

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import sys
 
 import fal_client
@@ -31,6 +32,21 @@ async def main() -> dict[str, object]:
         told["cancel"] = [error.status_code, error.error_type]
     together = await asyncio.gather(*(fal_client.subscribe_async(MODEL, arguments=CAT) for _ in range(5)))
     told["together"] = [answer["_billing"]["credits_used"] for answer in together]
+    errors: dict[str, list[object]] = {}
+    told["errors"] = errors
+    poor = fal_client.AsyncClient(key=os.environ["POOR_KEY"])
+    for name, call in {
+        "invalid": fal_client.subscribe_async(MODEL, arguments={"image_size": "square"}),
+        "unpriced": fal_client.run_async("fal-ai/no-such-model", arguments=CAT),
+        "unknown_job": fal_client.result_async(MODEL, "019da0f9-f0d6-7eb0-9e16-d7bcfd663a72"),
+        "poor_run": poor.run(MODEL, arguments=CAT),
+        "poor_submit": poor.submit(MODEL, arguments=CAT),
+    }.items():
+        try:
+            await call
+            errors[name] = []
+        except fal_client.client.FalClientHTTPError as error:
+            errors[name] = [error.status_code, error.message]
     return told
 
 

@@ -1,6 +1,7 @@
 """Run by tests/test_queue_clients.py with fal's own Python client, which knows of the proxy by its environment only."""
 
 import json
+import os
 import sys
 
 import fal_client
@@ -40,10 +41,14 @@ except fal_client.client.FalClientHTTPError as error:
     told["cancel"] = [error.status_code, error.error_type]
 
 errors: dict[str, list[object]] = {}
+poor = fal_client.SyncClient(key=os.environ["POOR_KEY"])
 told["errors"] = errors
 for name, call in {
     "invalid": lambda: fal_client.subscribe(MODEL, arguments={"image_size": "square"}),
     "unpriced": lambda: fal_client.submit("fal-ai/no-such-model", arguments=CAT),
+    "invalid_run": lambda: fal_client.run(MODEL, arguments={"image_size": "square"}),
+    "poor_run": lambda: poor.run(MODEL, arguments=CAT),
+    "poor_submit": lambda: poor.submit(MODEL, arguments=CAT),
     "unknown_job": lambda: fal_client.status(MODEL, "019da0f9-f0d6-7eb0-9e16-d7bcfd663a72"),
     "webhook": lambda: fal_client.submit(MODEL, arguments=CAT, webhook_url="https://example.com/hook"),
 }.items():
