@@ -16,10 +16,32 @@ PACKAGE = ROOT / "abhiapi"
 
 # From the ground up; a module may import those of its own floor and below. A package stands for all in it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "money", "ids", "estimates", "pricing", "metering", "jsonbytes", "encodings", "wire", "queuewire"),
+    (
+        "errors",
+        "money",
+        "ids",
+        "estimates",
+        "pricing",
+        "metering",
+        "jsonbytes",
+        "encodings",
+        "wire",
+        "queuewire",
+        "target",
+    ),
     ("settings", "tables", "db", "migrations", "committer", "http_parser", "http_adapter", "fal", "metrics", "polls"),
     ("ledger", "calls", "jobs", "keys", "accounts", "prices", "processes", "reports", "audit", "shapes"),
-    ("limits", "runtime", "admission", "gateway", "settlement", "queue_gateway", "reconcile", "sweep"),
+    (
+        "limits",
+        "runtime",
+        "admission",
+        "gateway",
+        "settlement",
+        "queue_gateway",
+        "upload_gateway",
+        "reconcile",
+        "sweep",
+    ),
     ("web", "commands", "serving", "wsgi", "gunicorn_config", "worker", "sandbox"),
 )
 FACTS, NEIGHBOURS, ROWS, PRODUCT, SHELLS = FLOORS
@@ -152,7 +174,7 @@ def test_facts_and_arithmetic_do_nothing_but_compute() -> None:
 
 
 def test_the_gateway_knows_no_web_framework() -> None:
-    for module in (*FACTS, *ROWS, "admission", "gateway", "settlement", "queue_gateway", "reconcile"):
+    for module in (*FACTS, *ROWS, "admission", "gateway", "settlement", "queue_gateway", "upload_gateway", "reconcile"):
         frameworks = {"flask", "werkzeug", "gunicorn", "click", "requests"}
         assert {name.split(".")[0] for name in imported(module)} & frameworks == set(), module
 

@@ -12,7 +12,7 @@ from flask_limiter import Limiter
 from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from abhiapi import gateway, queue_gateway, queuewire, wire
+from abhiapi import gateway, queue_gateway, queuewire, target, wire
 from abhiapi.errors import STATUS_NAMES, AbhiError, BodyTooLarge, MethodNotAllowed, RateLimited, UnknownRoute
 from abhiapi.runtime import Runtime
 from abhiapi.web import api, proxy
@@ -71,6 +71,8 @@ def _door(rt: Runtime, flask_app: WsgiApp) -> WsgiApp:
 
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path: str = environ.get("PATH_INFO") or "/"
+        if proxy.TARGET_VARIABLE in environ or path.rstrip("/") == target.DOCUMENTED_AT:
+            return proxy.serve_target(rt, environ, start_response)
         if path.startswith(queuewire.PREFIXES):
             return proxy.serve(rt, environ, start_response, queue_gateway.run)
         if path.startswith("/") and is_own_path(path):
