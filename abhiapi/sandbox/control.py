@@ -146,9 +146,11 @@ What it imitates
   fal's validation errors for missing or wrong prompt, image_url, num_images, image_size, duration
   fal's error bodies by status (weather "status")
   the queue under /queue: submit, status, status/stream, result, cancel, with and without a sub-path
+  uploads under /rest/storage/upload, whole and in parts, to signed addresses under /uploads, which browsers may use;
+    a file of at most 256 MiB, the oldest making room for the newest; its URL does as a model's input
 
 What it does not imitate
-  /stream, webhooks (a fal_webhook is not called), uploads, WebSockets, the platform API; CORS
+  /stream, webhooks (a fal_webhook is not called), WebSockets, the platform API; CORS
   anything that depends on what a picture or prompt shows: filters, refusals, the size of a remote image
     (which counts as 1024 x 1024, unless its URL is one of this simulator's), the real time a model takes
   parameters beyond those above; fal's exact rounding of megapixels, which fal does not publish
@@ -180,7 +182,7 @@ Weather: how the next answers go wrong
                      runs until); ignores_cancel=1: once it runs, it finishes. status, units, body and so on are the
                      job's result's, the connection's weather is the submit's. Ahead of time, a match of queue/status,
                      queue/result or queue/cancel, with /REQUEST_ID for one job's, is for the next such call:
-                     status, body, delay_s, connection
+                     status, body, delay_s, connection; one of storage/upload/initiate likewise: status, body
   (with size_bytes and echo the input is not looked at, and the call is billed as 1 unit)
   all keys: {keys}
 
