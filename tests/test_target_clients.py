@@ -6,18 +6,24 @@ import json
 import re
 import shutil
 import socket
+import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests import raw_http
-from tests.harness import Books, Fal, Server, environment
+from tests.harness import ROOT, Books, Fal, Process, Server, environment, free_port, until
 from tests.raw_http import Received
-from tests.test_queue_clients import CHARGE, CLIENTS, is_paid, node_folder, ran
+from tests.test_queue_clients import CHARGE, CLIENTS, Site, is_paid, node_folder, ran, site, tls_site
 
-__all__ = ["node_folder"]  # a fixture
+__all__ = ["node_folder", "site", "tls_site"]  # fixtures
 
 REQUEST_ID = re.compile(r"[0-9a-f-]{36}")
 
@@ -106,3 +112,180 @@ def test_a_stream_is_fals_events_and_nothing_else(node_folder: Path, tmp_path: P
         assert ("accept", "application/json, text/event-stream") in received.headers
         (call,) = server.books.calls(name)
         assert (call.mode, call.charged_micros) == ("stream", int(CHARGE * 1000))
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pages:
+    """A web server with pages of its own origin: its folder, its port, and an AbhiAPI that this origin may call."""
+
+    folder: Path
+    port: int
+    server: Server
+
+    def bundle(self, script: Path, node_folder: Path, **given: str) -> None:
+        """A page that runs this script."""
+        shutil.copy(script, node_folder / "bundled.js")
+        command = ["node_modules/.bin/esbuild", "bundled.js", "--bundle", "--format=esm", "--log-level=error"]
+        ran([*command, f"--outfile={self.folder / 'bundle.js'}"], environment(), node_folder)
+        (self.folder / "index.html").write_text(
+            f"<!doctype html><img alt=''><p></p><script>window.given = {json.dumps(given)}</script>"
+            "<script type=module src=bundle.js></script>"
+        )
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Nothing: what a page asks for is no news."""
+
+
+@pytest.fixture(scope="module")
+def pages(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pages]:
+    folder = tmp_path_factory.mktemp("pages")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder))) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        origin = f"http://127.0.0.1:{web.server_port}"
+        with Server.started(tmp_path_factory.mktemp("open"), fal.url, ABHIAPI_CORS_ORIGINS=origin) as server:
+            yield Pages(folder, web.server_port, server)
+        web.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Debian's Chromium, without a window. A machine without it fails here."""
+    found = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
+    assert found, "no chromium on this machine: install it (Debian: apt-get install chromium), as .ci/run does"
+    with sync_playwright() as playwright:
+        # Without a sandbox of its own, which needs rights that containers do not have; it only sees our own pages.
+        launched = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    opened = browser.new_page()
+    yield opened
+    opened.close()
+
+
+def test_a_page_of_another_origin(pages: Pages, page: Page, node_folder: Path) -> None:
+    """Preflights, request ids, uploads to the signed address and readable errors: as browsers have them."""
+    books = pages.server.books
+    name, key = books.account(5000)
+    _, poor = books.account(0)
+    pages.bundle(CLIENTS / "page.js", node_folder, base=pages.server.url, key=key, poor=poor)
+    page.goto(f"http://127.0.0.1:{pages.port}/")
+    page.wait_for_function("window.told")
+    told = page.evaluate("window.told")
+    assert "failed" not in told
+    for call in ("run", "polling", "streaming"):
+        assert is_paid(told[call]["data"])
+        assert REQUEST_ID.fullmatch(told[call]["requestId"])
+    assert told["updates"][-1] == "COMPLETED"
+    assert told["uploaded"] == "a small file"
+    assert told["blob"]["data"]["image"]["url"]
+    assert told["cancel"] in ("accepted", 400)
+    assert told["account"]["account"] == name
+    assert told["poor"]["status"] == 402
+    assert "26.25 credits and 0 are available" in told["poor"]["message"]
+    until(lambda: books.standing(name)[1] == 0, what="the last job is settled")
+    assert books.verify().problems == []
+
+
+def test_a_page_of_no_allowed_origin_reads_nothing(pages: Pages, page: Page, fal: Fal) -> None:
+    """The same files under another name of the same machine are another origin."""
+    name, key = pages.server.books.account()
+    (pages.folder / "empty.html").write_text("<!doctype html><title>empty</title>")
+    page.goto(f"http://localhost:{pages.port}/empty.html")
+    call = """async ([base, key]) => fetch(`${base}/fal-ai/flux/dev`, {
+        method: "POST", headers: {"x-api-key": key, "content-type": "application/json"}, body: '{"prompt": "x"}',
+    }).then((response) => response.status, (error) => error.name)"""
+    assert page.evaluate(call, [pages.server.url, key]) == "TypeError"
+    assert pages.server.books.calls(name) == []
+    page.goto(f"http://127.0.0.1:{pages.port}/empty.html")
+    assert page.evaluate(call, [pages.server.url, key]) == 200
+
+
+# --- the lines of the docs --------------------------------------------------------------------------------------
+
+
+def snippets(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+
+
+def filled_in(script: str, server: Server, key: str) -> str:
+    return script.replace("https://fal.example.com", server.url).replace("sk-fal-your-key", key)
+
+
+def in_node(script: str, folder: Path, server: Server, key: str) -> str:
+    (folder / "docs-target.mjs").write_text(filled_in(script, server, key))
+    return ran(["node", "docs-target.mjs"], environment(), folder)
+
+
+def test_the_docs_lines_for_node_work(shared_server: Server, node_folder: Path, customer: tuple[str, str]) -> None:
+    script, _, _ = snippets("browser.md", "js")
+    assert "26.25" in in_node(script, node_folder, shared_server, customer[1])
+
+
+def test_the_docs_lines_for_a_page_work(pages: Pages, page: Page, node_folder: Path, tmp_path: Path) -> None:
+    _, _, script = snippets("browser.md", "js")
+    _, key = pages.server.books.account()
+    (tmp_path / "docs.js").write_text(filled_in(script, pages.server, key))
+    pages.bundle(tmp_path / "docs.js", node_folder)
+    warnings: list[str] = []
+    page.on("console", lambda message: warnings.append(message.text))
+    page.goto(f"http://127.0.0.1:{pages.port}/")
+    page.wait_for_function("document.querySelector('p').textContent")
+    assert page.text_content("p").endswith(": 26.25 credits")  # type: ignore[union-attr]
+    page.wait_for_function("document.querySelector('img').naturalWidth > 0")
+    assert any("credentials are exposed" in text for text in warnings)
+
+
+def test_the_docs_lines_for_a_server_of_ones_own_work(
+    shared_server: Server, node_folder: Path, customer: tuple[str, str], tmp_path: Path
+) -> None:
+    """The client has no key; the server in between adds it."""
+    _, script, _ = snippets("browser.md", "js")
+    port = free_port()
+    (node_folder / "docs-server.mjs").write_text(
+        filled_in(script, shared_server, customer[1]).replace("listen(3000,", f"listen({port},")
+    )
+    env = environment(BASE_URL=f"http://127.0.0.1:{port}", KEY="")
+    run_node = "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"
+    process = Process.start(["-c", run_node, "node", "docs-server.mjs"], tmp_path / "log", env, cwd=node_folder)
+    try:
+        until(lambda: _listens(port), what="the server of one's own listens")
+        told = node(
+            node_folder, "proxy.mjs", Server(process, f"http://127.0.0.1:{port}", shared_server.books, tmp_path, {}), ""
+        )
+    finally:
+        process.kill()
+    assert is_paid(told["run"]["data"])
+    assert told["streamingUpdates"][-1] == "COMPLETED"
+    assert told["uploaded"] == "a small file"
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_the_docs_lines_for_uploads_work(
+    shared_server: Server, node_folder: Path, customer: tuple[str, str], site: Site, tmp_path: Path
+) -> None:
+    (script,) = snippets("uploads.md", "js")
+    assert "files/" in in_node(script, node_folder, shared_server, customer[1])
+    (script,) = snippets("uploads.md", "python")
+    (tmp_path / "cat.png").write_bytes(b"not really a picture")
+    assert "files/" in ran([sys.executable, "-c", script], site.env(), tmp_path)
+    assert site.charges() == 1
+
+
+def test_the_docs_lines_for_any_client_work(
+    shared_server: Server, node_folder: Path, customer: tuple[str, str]
+) -> None:
+    (script,) = snippets("any-client.md", "js")
+    assert "26.25" in in_node(script, node_folder, shared_server, customer[1])
