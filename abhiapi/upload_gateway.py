@@ -35,6 +35,8 @@ def run(rt: Runtime, request: Request) -> Reply:
         reply = rt.fal_rest.send("POST", f"{request.path}?{request.query}", headers, body.content)
         seen = settlement.read_whole(reply, ANSWER_BYTES_MAX)
         settlement.refuse_operators_trouble(seen.status)
+        if 200 <= seen.status < 300:
+            rt.metrics.uploads.inc()
         return _passed(rt, seen, dialect)
     except AbhiError as error:
         # Whatever the dialect: an upload costs nothing, so a client that repeats a 502 or 504 does well.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,13 @@ def begin(server: Server, key: str, target: str = INITIATE, *, method: str = "PO
     return requests.request(method, server.url + "/api/fal/proxy", headers=headers, timeout=60, **more)
 
 
+def uploads_counted(server: Server) -> int:
+    (line,) = re.findall(
+        r"^abhiapi_uploads_total (\d+)\.0$", requests.get(server.url + "/metrics", timeout=30).text, re.M
+    )
+    return int(line)
+
+
 def refused(response: requests.Response, code: int, error_type: str) -> None:
     assert (response.status_code, response.json()["error"]["type"]) == (code, error_type)
 
@@ -59,9 +67,11 @@ def refused(response: requests.Response, code: int, error_type: str) -> None:
 def test_an_upload_and_a_call_with_it(shared_server: Server, fal: Fal, books: Books) -> None:
     """failures.md rows 62 and 64: brokered, with the operator's credential and without the caller's."""
     name, key = books.account()
+    counted = uploads_counted(shared_server)
     lifecycle = {"X-Fal-Object-Lifecycle": "{}", "x-fal-object-lifecycle-preference": "{}", "cookie": "a=b"}
     begun = begin(shared_server, key, headers=lifecycle)
     assert begun.status_code == 200
+    assert uploads_counted(shared_server) == counted + 1
     assert set(begun.json()) == {"file_url", "upload_url"}
     assert "x-abhiapi-credits-used" not in begun.headers
     received = fal.calls("cat.png")[-1]
