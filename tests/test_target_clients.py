@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -40,18 +41,25 @@ def customer(shared_server: Server, books: Books) -> Iterator[tuple[str, str]]:
     assert books.verify().problems == []
 
 
-def node(folder: Path, script: str, server: Server, key: str, **more: str) -> Any:
+@pytest.fixture
+def workplace(node_folder: Path) -> Iterator[Path]:
+    """A folder of this test's own, where Node.js finds the packages that lie above it."""
+    with TemporaryDirectory(dir=node_folder) as made:
+        yield Path(made)
+
+
+def node(folder: Path, script: str, base_url: str, key: str, **more: str) -> Any:
     shutil.copy(CLIENTS / script, folder)
-    env = environment(BASE_URL=server.url, KEY=key, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1", **more)
+    env = environment(BASE_URL=base_url, KEY=key, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1", **more)
     return json.loads(ran(["node", script], env, folder))
 
 
 def test_everything_of_the_clients_own_readme(
-    shared_server: Server, fal: Fal, books: Books, node_folder: Path, customer: tuple[str, str]
+    shared_server: Server, fal: Fal, books: Books, workplace: Path, customer: tuple[str, str]
 ) -> None:
     """failures.md rows 61, 62 and 64: nothing of the caller's key reaches fal, and no minting route does."""
     name, key = customer
-    told = node(node_folder, "proxy.mjs", shared_server, key)
+    told = node(workplace, "proxy.mjs", shared_server.url, key)
     for call in ("run", "get", "polling", "streaming"):
         assert is_paid(told[call]["data"]), call
         assert REQUEST_ID.fullmatch(told[call]["requestId"])
@@ -74,10 +82,10 @@ def test_everything_of_the_clients_own_readme(
 
 
 def test_errors_are_those_that_the_client_knows(
-    shared_server: Server, books: Books, node_folder: Path, customer: tuple[str, str]
+    shared_server: Server, books: Books, workplace: Path, customer: tuple[str, str]
 ) -> None:
     _, poor = books.account(0)
-    told = node(node_folder, "proxy_errors.mjs", shared_server, customer[1], POOR_KEY=poor)
+    told = node(workplace, "proxy_errors.mjs", shared_server.url, customer[1], POOR_KEY=poor)
     errors = told["errors"]
     kinds = {name: (error["kind"], error["status"]) for name, error in errors.items()}
     assert kinds == {
@@ -93,7 +101,7 @@ def test_errors_are_those_that_the_client_knows(
     assert told["realtime"] == {"target": "https://rest.fal.ai/tokens/", "status": 404}
 
 
-def test_a_stream_is_fals_events_and_nothing_else(node_folder: Path, tmp_path: Path) -> None:
+def test_a_stream_is_fals_events_and_nothing_else(workplace: Path, tmp_path: Path) -> None:
     """The closing comment is invisible: the last event that the client resolves with is fal's last."""
     events = [{"step": 1, "text": "caf\u00e9"}, {"images": [{"url": "x"}]}]
     body = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
@@ -105,7 +113,7 @@ def test_a_stream_is_fals_events_and_nothing_else(node_folder: Path, tmp_path: P
     with raw_http.upstream() as fal, Server.started(tmp_path, fal.url) as server:
         fal.script = stream
         name, key = server.books.account()
-        told = node(node_folder, "proxy_stream.mjs", server, key)
+        told = node(workplace, "proxy_stream.mjs", server.url, key)
         assert told == {"events": events, "last": events[-1], "requestId": "r-1"}
         (received,) = fal.received
         assert received.line == "POST /fal-ai/flux/dev/stream HTTP/1.1"
@@ -125,11 +133,11 @@ class Pages:
     port: int
     server: Server
 
-    def bundle(self, script: Path, node_folder: Path, **given: str) -> None:
+    def bundle(self, script: Path, workplace: Path, **given: str) -> None:
         """A page that runs this script."""
-        shutil.copy(script, node_folder / "bundled.js")
-        command = ["node_modules/.bin/esbuild", "bundled.js", "--bundle", "--format=esm", "--log-level=error"]
-        ran([*command, f"--outfile={self.folder / 'bundle.js'}"], environment(), node_folder)
+        shutil.copy(script, workplace / "bundled.js")
+        command = ["../node_modules/.bin/esbuild", "bundled.js", "--bundle", "--format=esm", "--log-level=error"]
+        ran([*command, f"--outfile={self.folder / 'bundle.js'}"], environment(), workplace)
         (self.folder / "index.html").write_text(
             f"<!doctype html><img alt=''><p></p><script>window.given = {json.dumps(given)}</script>"
             "<script type=module src=bundle.js></script>"
@@ -171,12 +179,12 @@ def page(browser: Browser) -> Iterator[Page]:
     opened.close()
 
 
-def test_a_page_of_another_origin(pages: Pages, page: Page, node_folder: Path) -> None:
+def test_a_page_of_another_origin(pages: Pages, page: Page, workplace: Path) -> None:
     """Preflights, request ids, uploads to the signed address and readable errors: as browsers have them."""
     books = pages.server.books
     name, key = books.account(5000)
     _, poor = books.account(0)
-    pages.bundle(CLIENTS / "page.js", node_folder, base=pages.server.url, key=key, poor=poor)
+    pages.bundle(CLIENTS / "page.js", workplace, base=pages.server.url, key=key, poor=poor)
     page.goto(f"http://127.0.0.1:{pages.port}/")
     page.wait_for_function("window.told")
     told = page.evaluate("window.told")
@@ -225,16 +233,16 @@ def in_node(script: str, folder: Path, server: Server, key: str) -> str:
     return ran(["node", "docs-target.mjs"], environment(), folder)
 
 
-def test_the_docs_lines_for_node_work(shared_server: Server, node_folder: Path, customer: tuple[str, str]) -> None:
+def test_the_docs_lines_for_node_work(shared_server: Server, workplace: Path, customer: tuple[str, str]) -> None:
     script, _, _ = snippets("browser.md", "js")
-    assert "26.25" in in_node(script, node_folder, shared_server, customer[1])
+    assert "26.25" in in_node(script, workplace, shared_server, customer[1])
 
 
-def test_the_docs_lines_for_a_page_work(pages: Pages, page: Page, node_folder: Path, tmp_path: Path) -> None:
+def test_the_docs_lines_for_a_page_work(pages: Pages, page: Page, workplace: Path, tmp_path: Path) -> None:
     _, _, script = snippets("browser.md", "js")
     _, key = pages.server.books.account()
     (tmp_path / "docs.js").write_text(filled_in(script, pages.server, key))
-    pages.bundle(tmp_path / "docs.js", node_folder)
+    pages.bundle(tmp_path / "docs.js", workplace)
     warnings: list[str] = []
     page.on("console", lambda message: warnings.append(message.text))
     page.goto(f"http://127.0.0.1:{pages.port}/")
@@ -245,22 +253,19 @@ def test_the_docs_lines_for_a_page_work(pages: Pages, page: Page, node_folder: P
 
 
 def test_the_docs_lines_for_a_server_of_ones_own_work(
-    shared_server: Server, node_folder: Path, customer: tuple[str, str], tmp_path: Path
+    shared_server: Server, workplace: Path, customer: tuple[str, str], tmp_path: Path
 ) -> None:
     """The client has no key; the server in between adds it."""
     _, script, _ = snippets("browser.md", "js")
     port = free_port()
-    (node_folder / "docs-server.mjs").write_text(
+    (workplace / "docs-server.mjs").write_text(
         filled_in(script, shared_server, customer[1]).replace("listen(3000,", f"listen({port},")
     )
-    env = environment(BASE_URL=f"http://127.0.0.1:{port}", KEY="")
     run_node = "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"
-    process = Process.start(["-c", run_node, "node", "docs-server.mjs"], tmp_path / "log", env, cwd=node_folder)
+    process = Process.start(["-c", run_node, "node", "docs-server.mjs"], tmp_path / "log", environment(), cwd=workplace)
     try:
         until(lambda: _listens(port), what="the server of one's own listens")
-        told = node(
-            node_folder, "proxy.mjs", Server(process, f"http://127.0.0.1:{port}", shared_server.books, tmp_path, {}), ""
-        )
+        told = node(workplace, "proxy.mjs", f"http://127.0.0.1:{port}", "")
     finally:
         process.kill()
     assert is_paid(told["run"]["data"])
@@ -274,18 +279,16 @@ def _listens(port: int) -> bool:
 
 
 def test_the_docs_lines_for_uploads_work(
-    shared_server: Server, node_folder: Path, customer: tuple[str, str], site: Site, tmp_path: Path
+    shared_server: Server, workplace: Path, customer: tuple[str, str], site: Site, tmp_path: Path
 ) -> None:
     (script,) = snippets("uploads.md", "js")
-    assert "files/" in in_node(script, node_folder, shared_server, customer[1])
+    assert "files/" in in_node(script, workplace, shared_server, customer[1])
     (script,) = snippets("uploads.md", "python")
     (tmp_path / "cat.png").write_bytes(b"not really a picture")
     assert "files/" in ran([sys.executable, "-c", script], site.env(), tmp_path)
     assert site.charges() == 1
 
 
-def test_the_docs_lines_for_any_client_work(
-    shared_server: Server, node_folder: Path, customer: tuple[str, str]
-) -> None:
+def test_the_docs_lines_for_any_client_work(shared_server: Server, workplace: Path, customer: tuple[str, str]) -> None:
     (script,) = snippets("any-client.md", "js")
-    assert "26.25" in in_node(script, node_folder, shared_server, customer[1])
+    assert "26.25" in in_node(script, workplace, shared_server, customer[1])

@@ -120,6 +120,16 @@ def test_fals_errors_come_back_in_the_callers_dialect(
         assert (response.status_code, response.content) == (code, b'{"detail": "no"}')
 
 
+def test_a_redirect_is_passed_on_and_not_followed(odd_server: Server, odd_fal: Upstream) -> None:
+    """failures.md row 61: the operator's key goes nowhere else."""
+    _, key = odd_server.books.account()
+    seen = len(odd_fal.received)
+    odd_fal.answer(f"HTTP/1.1 307 X\nLocation: {odd_fal.url}/elsewhere\nContent-Length: 0", b"")
+    response = begin(odd_server, key, allow_redirects=False)
+    assert (response.status_code, response.headers["Location"]) == (307, f"{odd_fal.url}/elsewhere")
+    assert len(odd_fal.received) == seen + 1
+
+
 @pytest.mark.parametrize("status", [401, 402, 403])
 @pytest.mark.parametrize("scheme", ["Key", "Bearer"])
 def test_trouble_with_the_operators_account_is_not_shown(
