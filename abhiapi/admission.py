@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from abhiapi import calls, idempotency, jsonbytes, keys, prices, pricing, wire
 from abhiapi.db import Tx
-from abhiapi.errors import AbhiError, ChargeNotRecorded, DatabaseUnavailable, UnknownRoute, UpstreamError
+from abhiapi.errors import AbhiError, ChargeNotRecorded, DatabaseUnavailable, UpstreamError
 from abhiapi.ids import call_text
 from abhiapi.metering import Verdict
 from abhiapi.money import Micros, credits_text
@@ -131,10 +131,13 @@ def within_limits(rt: Runtime, request: Request, serve: Serve) -> Reply:
     return with_headers(reply, shown + rt.limits.headers(caller.key_id, caller.plan))
 
 
-def refuse_target(request: Request) -> None:
-    """Raises `UnknownRoute` for a request in the proxy protocol of fal's JavaScript client."""
-    if "x-fal-target-url" in request.headers:
-        raise UnknownRoute("x-fal-target-url is not served here: call /{any-fal-path} on this host")
+def refused(rt: Runtime, request: Request, error: AbhiError) -> Reply:
+    """Answer a call that is refused whatever it asks for, as any call: its key and its limits come first."""
+
+    def refuse(*_: object) -> Reply:
+        raise error
+
+    return within_limits(rt, request, refuse)
 
 
 def hold(

@@ -60,6 +60,12 @@ class ForbiddenPath(BadRequest):
     type = "forbidden_path"
 
 
+class ForbiddenTarget(BadRequest):
+    """The address in ``x-fal-target-url`` is missing, malformed, or none of fal's; nothing was forwarded."""
+
+    type = "forbidden_target"
+
+
 class BodyIncomplete(BadRequest):
     """The caller announced a body and did not send all of it; nothing was forwarded."""
 

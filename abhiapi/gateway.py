@@ -39,7 +39,6 @@ def run(rt: Runtime, request: Request) -> Reply:
 
 def _admitted(rt: Runtime, caller: keys.Caller, call_id: int, request: Request, dialect: wire.Dialect) -> Reply:
     """The call itself, once its caller is known and within limits. Raises what is answered in its place."""
-    admission.refuse_target(request)
     model, streamed = wire.endpoint_of(request.path)
     price = rt.catalogue(caller.own_price_id).price_of(model)
     query = wire.forwarded_query(request.query)

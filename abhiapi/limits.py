@@ -20,6 +20,7 @@ from abhiapi.errors import RateLimited, TooManyConcurrent
 from abhiapi.settings import UPLOAD_S, Settings
 
 STORAGE_URI = "exact-memory://"  # what `memory://`, the one storage of this release, means here
+UPLOADS_PER_MINUTE = 300  # per key, far above what any client begins
 _KEYS_BETWEEN_SWEEPS = 4096
 
 
@@ -135,6 +136,7 @@ class CallLimits:
         self.storage_uri = STORAGE_URI
         self._window = MovingWindowRateLimiter(ExactMemoryStorage(self.storage_uri, now=now))
         self._items = {name: RateLimitItemPerMinute(plan.requests_per_minute) for name, plan in self.plans.items()}
+        self._uploads = RateLimitItemPerMinute(UPLOADS_PER_MINUTE, namespace="uploads")
         self._lease_s = UPLOAD_S + settings.longest_call_s
         self._places: dict[int, set[Lease]] = {}
         self._now = now
@@ -163,6 +165,11 @@ class CallLimits:
                 f"more than {item.amount} calls in a minute: try again in {wait_s} s", retry_after_s=wait_s
             )
         return lease
+
+    def allow_upload(self, key_id: int) -> None:
+        """Count the beginning of an upload, apart from calls. Raises `RateLimited`."""
+        if not self._window.hit(self._uploads, str(key_id)):
+            raise RateLimited(f"more than {UPLOADS_PER_MINUTE} uploads in a minute", retry_after_s=5)
 
     def headers(self, key_id: int, plan: str) -> list[tuple[str, str]]:
         """`X-RateLimit-*` as they stand: the limit, what remains of it, and when the oldest call leaves the window."""

@@ -32,6 +32,9 @@ class Metrics:
         self.replayed = Counter(
             "abhiapi_replayed", "Answers given again under an Idempotency-Key", registry=self.registry
         )
+        self.uploads = Counter(
+            "abhiapi_uploads", "Uploads begun at fal, without hold or charge", registry=self.registry
+        )
         self.swept = Counter("abhiapi_holds_swept", "Holds released by the sweep", registry=self.registry)
         self.fal_seconds = Histogram(
             "abhiapi_fal_seconds", "Time from sending a call to fal's whole answer", buckets=_SECONDS,

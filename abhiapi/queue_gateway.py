@@ -54,7 +54,7 @@ def run(rt: Runtime, request: Request) -> Reply:
     try:
         route = queuewire.parse(request.path)
     except AbhiError as error:
-        return admission.within_limits(rt, request, _refusing(error))
+        return admission.refused(rt, request, error)
     if route.action == "submit":
 
         def submit(rt: Runtime, caller: keys.Caller, call_id: int, request: Request, dialect: wire.Dialect) -> Reply:
@@ -65,7 +65,6 @@ def run(rt: Runtime, request: Request) -> Reply:
     try:
         caller = rt.authenticate(key, may_be_suspended=True)  # who has paid may have what was paid for
         rt.polls.allow(caller.key_id)
-        admission.refuse_target(request)
         if request.method != queuewire.METHODS[route.action]:
             raise MethodNotAllowed(f"a job's {route.action} takes {queuewire.METHODS[route.action]}")
         job = rt.reader.read(lambda tx: jobs.find(tx, caller.account_id, route.request_id))
@@ -88,7 +87,6 @@ def _submit(
     rt: Runtime, caller: keys.Caller, call_id: int, request: Request, dialect: wire.Dialect, path: str
 ) -> Reply:
     """A job, once its caller is known and within limits. Raises what is answered in its place."""
-    admission.refuse_target(request)
     if request.method not in _SUBMITTING:
         raise MethodNotAllowed("a job is submitted with POST")
     queuewire.refuse_webhook(request.query)
@@ -240,13 +238,6 @@ _ANSWERS: dict[queuewire.Action, Callable[[Runtime, Job, Request, wire.Dialect],
 
 
 # --- answers ----------------------------------------------------------------------------------------------------
-
-
-def _refusing(error: AbhiError) -> admission.Serve:
-    def refuse(*_: object) -> Reply:
-        raise error
-
-    return refuse
 
 
 def _not_found(rt: Runtime) -> Reply:

@@ -32,6 +32,7 @@ HOLD_PATIENCE_S = 3  # how long a call may wait for the database before it is re
 SETTLE_PATIENCE_S = 60  # how long a finished call's charge may wait before its answer is withheld
 SETTLE_LATER_S = 7 * 86_400  # and how long it is tried after that
 HEALTH_PATIENCE_S = 1
+REST_TIMEOUT_S = 30  # longest wait for fal's upload service, which only signs an address
 QUEUE_TIMEOUT_S = 120  # longest wait for an answer of fal's queue, which runs nothing while one waits
 
 
@@ -49,6 +50,7 @@ class Runtime:
     reader: Reader
     fal_run: Fal
     fal_queue: Fal
+    fal_rest: Fal
     limits: CallLimits
     metrics: Metrics
     process_id: int
@@ -107,6 +109,7 @@ class Runtime:
         self.lock.release()
         self.fal_run.close()
         self.fal_queue.close()
+        self.fal_rest.close()
 
 
 def start(
@@ -133,6 +136,9 @@ def start(
         fal_run=Fal(settings.fal_run_url, settings.fal_key, timeout_s=settings.upstream_timeout_s),
         fal_queue=Fal(
             settings.fal_queue_url, settings.fal_key, timeout_s=min(QUEUE_TIMEOUT_S, settings.upstream_timeout_s)
+        ),
+        fal_rest=Fal(
+            settings.fal_rest_url, settings.fal_key, timeout_s=min(REST_TIMEOUT_S, settings.upstream_timeout_s)
         ),
         limits=CallLimits(settings),
         metrics=metrics,

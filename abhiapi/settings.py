@@ -85,6 +85,20 @@ def _optional_base_url(value: str) -> str | None:
     return _base_url(value) if value else None
 
 
+def _origins(value: str) -> frozenset[str]:
+    """Origins as browsers write them, which is how they are compared; ``*`` alone for all."""
+    origins = frozenset(part.strip() for part in value.split(",") if part.strip())
+    if origins == {"*"}:
+        return origins
+    for origin in origins:
+        match = re.fullmatch(r"(https?)://(?:[a-z0-9._-]{1,253}|\[[0-9a-f:.]{2,45}\])(?::([1-9][0-9]{0,4}))?", origin)
+        if match is None:
+            raise ValueError("must be `*`, or origins such as https://app.example.com: lower case, no path, no slash")
+        if match[2] == {"http": "80", "https": "443"}[match[1]] or int(match[2] or 0) > 65_535:
+            raise ValueError("has a port that browsers leave out of an origin, or that is no port")
+    return origins
+
+
 def _database_url(value: str) -> str:
     if not value:
         return default_database_url()
@@ -161,6 +175,13 @@ class Settings:
     )
     trusted_proxies: int = _setting(
         "ABHIAPI_TRUSTED_PROXIES", "0", "reverse proxies in front whose `X-Forwarded-*` are believed", _whole(0, 10)
+    )
+    cors_origins: frozenset[str] = _setting(
+        "ABHIAPI_CORS_ORIGINS",
+        "",
+        "pages that may call from a browser: origins such as `https://app.example.com`, with commas between, or `*`; "
+        "unset: none",
+        _origins,
     )
     metrics_token: str | None = _setting(
         "ABHIAPI_METRICS_TOKEN",

@@ -55,6 +55,8 @@ _HOP_BY_HOP = frozenset(
     )
 )
 _OURS = ("x-abhiapi-", "x-ratelimit-")
+# Which pages may read an answer is this service's to say, not fal's (fal-protocol 10.2, no. 12): `web.cors`.
+_CROSS_ORIGIN = ("access-control-",)
 # Digests of a body that we add to would no longer be true.
 DIGESTS = frozenset(("content-md5", "digest", "content-digest", "repr-digest", "etag"))
 
@@ -136,7 +138,9 @@ def response_headers(headers: Headers, *, secret: str | None, without: frozenset
     return [
         (name, value)
         for name, value in headers
-        if (lower := name.lower()) not in dropped and not lower.startswith(_OURS) and not (secret and secret in value)
+        if (lower := name.lower()) not in dropped
+        and not lower.startswith(_OURS + _CROSS_ORIGIN)
+        and not (secret and secret in value)
     ]
 
 

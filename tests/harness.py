@@ -226,6 +226,7 @@ class Server:
                 "ABHIAPI_DATABASE_URL": url,
                 "ABHIAPI_FAL_RUN_URL": fal_url,
                 "ABHIAPI_FAL_QUEUE_URL": f"{fal_url}/queue",
+                "ABHIAPI_FAL_REST_URL": f"{fal_url}/rest",
                 "ABHIAPI_RATE_PER_MINUTE": "100000",
                 "ABHIAPI_CONCURRENCY": "1000",
             }

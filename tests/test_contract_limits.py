@@ -99,7 +99,7 @@ def test_refused_calls_count_as_well(server: Server) -> None:
         ({"body": {"prompt": "x"}}, 402),
         ({"path": "/fal-ai/nothing"}, 404),
         ({"path": "/fal-ai/flux%2fdev"}, 400),
-        ({"headers": {"x-fal-target-url": "https://fal.run/x"}}, 404),
+        ({"headers": {"x-fal-target-url": "https://fal.run.evil/x"}}, 400),
         ({"data": b"{"}, 400),
     ]
     for number in range(30):

@@ -28,10 +28,22 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "eventstream",
         "wire",
         "queuewire",
+        "target",
     ),
     ("settings", "tables", "db", "migrations", "committer", "http_parser", "http_adapter", "fal", "metrics", "polls"),
     ("ledger", "calls", "jobs", "idempotency", "keys", "accounts", "prices", "processes", "reports", "audit", "shapes"),
-    ("limits", "runtime", "admission", "replay", "gateway", "settlement", "queue_gateway", "reconcile", "sweep"),
+    (
+        "limits",
+        "runtime",
+        "admission",
+        "replay",
+        "gateway",
+        "settlement",
+        "queue_gateway",
+        "upload_gateway",
+        "reconcile",
+        "sweep",
+    ),
     ("web", "commands", "serving", "wsgi", "gunicorn_config", "worker", "sandbox"),
 )
 FACTS, NEIGHBOURS, ROWS, PRODUCT, SHELLS = FLOORS
@@ -164,7 +176,8 @@ def test_facts_and_arithmetic_do_nothing_but_compute() -> None:
 
 
 def test_the_gateway_knows_no_web_framework() -> None:
-    for module in (*FACTS, *ROWS, "admission", "replay", "gateway", "settlement", "queue_gateway", "reconcile"):
+    gateways = ("gateway", "queue_gateway", "upload_gateway")
+    for module in (*FACTS, *ROWS, *gateways, "admission", "replay", "settlement", "reconcile"):
         frameworks = {"flask", "werkzeug", "gunicorn", "click", "requests"}
         assert {name.split(".")[0] for name in imported(module)} & frameworks == set(), module
 

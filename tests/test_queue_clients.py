@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import shutil
@@ -154,11 +155,14 @@ def node_folder(request: pytest.FixtureRequest) -> Path:
     wanted = (CLIENTS / "package.json").read_bytes()
     assert request.config.cache is not None
     folder = request.config.cache.mkdir(f"fal-ai-client-{re.sub(rb'[^0-9.]', b'', wanted).decode()}")
-    if not (folder / "node_modules/@fal-ai/client/package.json").exists():
-        shutil.copy(CLIENTS / "package.json", folder)
-        command = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several workers may come at once
+        if not (folder / "installed").exists():
+            shutil.copy(CLIENTS / "package.json", folder)
+            command = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error"]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+            assert done.returncode == 0, done.stderr
+            (folder / "installed").touch()
     return folder
 
 

@@ -32,6 +32,7 @@ BAD = {
     "ABHIAPI_RECONCILE_INTERVAL_S": "never",
     "ABHIAPI_TRUSTED_PROXIES": "11",
     "ABHIAPI_METRICS_TOKEN": "naïve",
+    "ABHIAPI_CORS_ORIGINS": "https://app.example.com/",
 }
 
 
@@ -97,6 +98,24 @@ def test_a_dotenv_file_that_is_no_text_is_a_bad_setting(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SettingsError, match=r"\.env cannot be read"):
         Settings.from_env()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["*, https://a.example", "app.example.com", "https://A.example", "https://a.example/", "https://a.example:443",
+     "http://a.example:80", "https://a.example:0", "https://a.example:70000", "https://u@a.example", "null",
+     "https://*.example", "https://a.example https://b.example", "ftp://a.example", "https://\u00e4.example"],
+)  # fmt: skip
+def test_an_origin_that_no_browser_would_send_is_a_bad_setting(text: str) -> None:
+    with pytest.raises(SettingsError, match="ABHIAPI_CORS_ORIGINS"):
+        Settings.from_env({"ABHIAPI_CORS_ORIGINS": text})
+
+
+def test_origins_are_a_list_or_all() -> None:
+    assert Settings.from_env({}).cors_origins == frozenset()
+    assert Settings.from_env({"ABHIAPI_CORS_ORIGINS": "*"}).cors_origins == {"*"}
+    listed = Settings.from_env({"ABHIAPI_CORS_ORIGINS": " https://a.example, http://127.0.0.1:5173,http://[::1]:3000 "})
+    assert listed.cors_origins == {"https://a.example", "http://127.0.0.1:5173", "http://[::1]:3000"}
 
 
 def test_an_empty_value_is_the_default() -> None:

@@ -21,7 +21,7 @@ import gevent
 
 from abhiapi.metering import parse_units
 from abhiapi.pricing import PriceRule, decimal_text
-from abhiapi.sandbox import answers, control, files, queue, replies, streams, transport, validation, weather
+from abhiapi.sandbox import answers, control, files, queue, replies, streams, transport, uploads, validation, weather
 from abhiapi.sandbox.models import model_of
 from abhiapi.sandbox.records import BODY_TEXT_MAX_BYTES, Bill, CallLog, Forecast, Gates, Received
 from abhiapi.sandbox.replies import Reply
@@ -90,16 +90,35 @@ class Sandbox:
         self.forecast = Forecast()
         self.gates = Gates()
         self.queue = queue.Queue(self.gates, now)
+        self.uploads = uploads.Uploads()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
         if path in ("/", "/_sandbox") or path.startswith("/_sandbox/"):
             return _respond(control.answer(self, environ), start_response)
+        if path.startswith(uploads.FILES):
+            return _respond(self.uploads.served(environ), start_response)
+        if path.startswith(uploads.ASKED):
+            return self._asked_of_rest(environ, start_response)
         if path.startswith(files.PREFIX):
             return _serve_file(environ, start_response)
         if path.startswith(queue.PREFIX) and (asked := queue.parsed(path.removeprefix(queue.PREFIX))):
             return self._polled(environ, start_response, *asked)
         return self._call(environ, start_response)
+
+    def _asked_of_rest(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """The beginning of an upload. Only weather ordered for its path touches it: status, body."""
+        call = self._receive(environ, environ["PATH_INFO"], keep=True)
+        wanted = self.forecast.take_meant_for(call.path.removeprefix(uploads.REST))
+        if not _is_authorized(environ.get("HTTP_AUTHORIZATION", "")):
+            reply = replies.error(401, call.path, call.host)
+        elif wanted is not None:
+            status = wanted.status or 200
+            error = replies.error(status, call.path, call.host)
+            reply = error if wanted.body is None else replies.odd(status, wanted.body)
+        else:
+            reply = self.uploads.asked(call.path, call.received.query, call.host, call.body or b"")
+        return _respond(reply, start_response)
 
     def _polled(
         self, environ: WSGIEnvironment, start_response: StartResponse, action: str, request_id: str

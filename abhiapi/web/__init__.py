@@ -12,10 +12,10 @@ from flask_limiter import Limiter
 from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from abhiapi import gateway, queue_gateway, queuewire, wire
+from abhiapi import gateway, queue_gateway, queuewire, target, wire
 from abhiapi.errors import STATUS_NAMES, AbhiError, BodyTooLarge, MethodNotAllowed, RateLimited, UnknownRoute
 from abhiapi.runtime import Runtime
-from abhiapi.web import api, proxy
+from abhiapi.web import api, cors, proxy
 from abhiapi.web.caller import request_key
 
 # What Flask serves, or refuses: everything else is a call. The refused ones mint credentials at fal or reach into
@@ -57,7 +57,9 @@ def create_app(rt: Runtime) -> Flask:
     app.register_error_handler(HTTPException, _http_error_reply)
     hops = rt.settings.trusted_proxies
     flask_app: WsgiApp = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops) if hops else app.wsgi_app
-    app.wsgi_app = _door(rt, flask_app)  # type: ignore[assignment, method-assign]
+    door = _door(rt, flask_app)
+    origins = rt.settings.cors_origins
+    app.wsgi_app = cors.allowing(origins, door) if origins else door  # type: ignore[assignment, method-assign]
     return app
 
 
@@ -71,6 +73,8 @@ def _door(rt: Runtime, flask_app: WsgiApp) -> WsgiApp:
 
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path: str = environ.get("PATH_INFO") or "/"
+        if proxy.TARGET_VARIABLE in environ or path.rstrip("/") == target.DOCUMENTED_AT:
+            return proxy.serve_target(rt, environ, start_response)
         if path.startswith(queuewire.PREFIXES):
             return proxy.serve(rt, environ, start_response, queue_gateway.run)
         if path.startswith("/") and is_own_path(path):

@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from http.client import responses
 from time import monotonic
 from typing import IO, Any
@@ -18,9 +19,9 @@ from urllib.parse import parse_qsl, quote
 import gevent
 from gevent.socket import MSG_PEEK
 
-from abhiapi import admission, jsonbytes, wire
+from abhiapi import admission, gateway, jsonbytes, queue_gateway, target, upload_gateway, wire
 from abhiapi.admission import Reply, ReplyBody, Request
-from abhiapi.errors import BodyIncomplete, BodyTooLarge, MalformedJson, StorageUnavailable
+from abhiapi.errors import AbhiError, BodyIncomplete, BodyTooLarge, MalformedJson, StorageUnavailable
 from abhiapi.http_adapter import FileBody
 from abhiapi.runtime import Runtime, log
 from abhiapi.settings import STALL_S, UPLOAD_S
@@ -36,15 +37,42 @@ StartResponse = Callable[..., Any]
 
 Run = Callable[[Runtime, Request], Reply]
 
+TARGET_VARIABLE = "HTTP_X_FAL_TARGET_URL"
+_RUNS: dict[target.Service, Run] = {
+    "run": gateway.run,
+    "queue": queue_gateway.run,
+    "upload": upload_gateway.run,
+}
 
-def serve(rt: Runtime, environ: Environ, start_response: StartResponse, run: Run) -> Iterable[bytes]:
-    """Answer one call, by `gateway.run` or `queue_gateway.run`."""
+
+def serve_target(rt: Runtime, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+    """Answer one call in the proxy protocol of fal's JavaScript client: a header names it, and the path does not count.
+
+    It is answered as the route of ours that its target stands for.
+    """
+    try:
+        wanted = target.parse(environ.get(TARGET_VARIABLE))
+    except AbhiError as error:
+        return serve(rt, environ, start_response, partial(_refused, error))
+    most = upload_gateway.BODY_BYTES_MAX if wanted.service == "upload" else None
+    return serve(rt, environ | {"RAW_URI": wanted.uri}, start_response, _RUNS[wanted.service], body_bytes_max=most)
+
+
+def _refused(error: AbhiError, rt: Runtime, request: Request) -> Reply:
+    return admission.refused(rt, request, error)
+
+
+def serve(
+    rt: Runtime, environ: Environ, start_response: StartResponse, run: Run, *, body_bytes_max: int | None = None
+) -> Iterable[bytes]:
+    """Answer one call, by `gateway.run` or another of its kind."""
     sock = environ.get("gunicorn.socket")
     if sock is not None:
         sock.settimeout(STALL_S)
     try:
         with _Files() as files:
-            reply = run(rt, _request(rt, environ, files))
+            most = min(rt.settings.max_body_bytes, body_bytes_max or rt.settings.max_body_bytes)
+            reply = run(rt, _request(rt, environ, files, most))
     except Exception:  # a bug of ours; the gateway has ended the hold
         log.exception("a call failed")
         reply = admission.internal_error()
@@ -71,7 +99,7 @@ class _Closing:
         return iter(self._body)
 
 
-def _request(rt: Runtime, environ: Environ, files: _Files) -> Request:
+def _request(rt: Runtime, environ: Environ, files: _Files, most: int) -> Request:
     raw_uri = environ.get("RAW_URI") or _rebuilt_uri(environ)
     path, _, query = raw_uri.partition("?")
     headers = {name[5:].replace("_", "-").lower(): value for name, value in environ.items() if name[:5] == "HTTP_"}
@@ -82,7 +110,7 @@ def _request(rt: Runtime, environ: Environ, files: _Files) -> Request:
         path=path,
         query=query,
         headers=headers,
-        read_body=lambda: _read_body(environ, rt.settings.max_body_bytes, headers.get("content-type"), query, files),
+        read_body=lambda: _read_body(environ, most, headers.get("content-type"), query, files),
         base_url=rt.settings.public_url or _base_url(environ, rt.settings.trusted_proxies),
         has_hung_up=lambda: _has_hung_up(environ.get("gunicorn.socket")),
     )
@@ -159,6 +187,8 @@ def _read_body(environ: Environ, most: int, content_type: str | None, query: str
     deadline = monotonic() + UPLOAD_S
     wanted = IN_MEMORY_BYTES if length is None else min(IN_MEMORY_BYTES, length)
     first = _read_up_to(environ["wsgi.input"], wanted, deadline)
+    if len(first) > most:  # of a body that did not announce its length
+        raise _too_large(most)
     ended = len(first) == length if length is not None else len(first) < IN_MEMORY_BYTES
     if ended:
         return _Body(first or None, _input_of(first, content_type, query))
