@@ -9,6 +9,7 @@ from time import monotonic
 
 import gevent
 import pytest
+from gevent.event import Event
 from sqlalchemy import text
 
 from abhiapi import accounts, calls, ledger
@@ -274,8 +275,17 @@ def test_a_reader_tells_trouble_from_bugs_and_mends_itself(database: Database) -
 
 def test_a_closed_writer_has_written_what_was_handed_in(database: Database) -> None:
     made = GroupCommitter(database)
-    jobs = [gevent.spawn(made.write, create(f"a{n}"), patience_s=5) for n in range(10)]
-    gevent.sleep(0)  # they hand it in
+    handing_in: list[int] = []
+    all_handed_in = Event()
+
+    def write(number: int) -> None:
+        handing_in.append(number)
+        if len(handing_in) == 10:
+            all_handed_in.set()  # whoever waits for it runs when this greenlet waits for its write
+        made.write(create(f"a{number}"), patience_s=5)  # type: ignore[arg-type]
+
+    jobs = [gevent.spawn(write, number) for number in range(10)]
+    assert all_handed_in.wait(5)
     made.close()
     gevent.joinall(jobs, raise_error=True)
     assert len(names(database)) == 10
