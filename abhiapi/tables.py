@@ -57,3 +57,8 @@ usage_daily = _table(
     "usage_daily",
     "account_id:int! day:int! model:text! key_id:int! calls:int charged_micros:int fal_cost_nano_usd:int",
 )
+webhooks = _table(
+    "webhooks",
+    "call_id:int! account_id:int url:text state:text attempts:int next_attempt_at:int? last_status:int?"
+    " last_error:text? created_at:int ended_at:int? payload:blob?",
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -13,9 +14,19 @@ import pytest
 from abhiapi import audit
 from abhiapi.db import Database
 from abhiapi.errors import SchemaError
-from abhiapi.migrations import VERSION, migrate, statements
+from abhiapi.migrations import STEPS, VERSION, migrate, statements
 from tests.harness import Clock
 from tests.rows import Customer
+
+SCHEMA_V1 = (Path(__file__).parent / "schema_v1.sql").read_text()
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Database:
+    """A database of version 1, the first that was shipped."""
+    made = Database(f"sqlite:///{tmp_path / 'abhiapi.db'}")
+    migrate(made, steps=(), schema=SCHEMA_V1)
+    return made
 
 
 def add_colour(connection: sqlite3.Connection) -> None:
@@ -67,6 +78,24 @@ def test_an_upgrade_keeps_every_row_and_a_copy_of_the_old_file(database: Databas
     with closing(sqlite3.connect(database.path)) as connection:
         assert connection.execute("SELECT count(*) FROM shapes").fetchone() == (1,)
         assert connection.execute("SELECT colour FROM keys").fetchone() == (None,)
+
+
+def schema_of(path: Path) -> dict[str, str]:
+    """Every table, index and trigger by its name, as it was written, without comments and line breaks."""
+    with closing(sqlite3.connect(path)) as connection:
+        rows = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+    return {name: " ".join(re.sub(r"--[^\n]*", "", sql).split()) for name, sql in rows}
+
+
+def test_the_first_version_becomes_what_a_new_database_is(database: Database, clock: Clock, tmp_path: Path) -> None:
+    Customer.new(database, clock).settle()
+    before = dump(database.path)
+    assert migrate(database) is not None
+    assert dump(database.path) == before
+    assert database.read(audit.verify).ok
+    fresh = new_database(tmp_path)
+    migrate(fresh)
+    assert schema_of(database.path) == schema_of(fresh.path)
 
 
 def test_an_upgrade_never_overwrites_an_earlier_copy(database: Database) -> None:
@@ -170,13 +199,13 @@ def test_a_database_that_is_gone_while_its_log_is_there_is_not_made_anew(databas
             migrate(database)
         assert not database.path.exists()
         aside.rename(database.path)
-    assert migrate(database) is None
+    assert migrate(database, steps=()) is None
     finding = database.read(audit.verify)
     assert (finding.ok, finding.entries) == (True, 2)
 
 
 def test_a_newer_database_is_refused(database: Database) -> None:
-    migrate(database, steps=(add_colour,))
+    migrate(database, steps=(*STEPS, add_colour))
     with pytest.raises(SchemaError, match="newer than this program"):
         migrate(database)
 
