@@ -16,10 +16,48 @@ PACKAGE = ROOT / "abhiapi"
 
 # From the ground up; a module may import those of its own floor and below. A package stands for all in it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "money", "ids", "estimates", "pricing", "metering", "jsonbytes", "encodings", "wire", "queuewire"),
-    ("settings", "tables", "db", "migrations", "committer", "http_parser", "http_adapter", "fal", "metrics", "polls"),
-    ("ledger", "calls", "jobs", "keys", "accounts", "prices", "processes", "reports", "audit", "shapes"),
-    ("limits", "runtime", "admission", "gateway", "settlement", "queue_gateway", "reconcile", "sweep"),
+    (
+        "errors",
+        "money",
+        "ids",
+        "estimates",
+        "pricing",
+        "metering",
+        "jsonbytes",
+        "encodings",
+        "wire",
+        "queuewire",
+        "webhookwire",
+        "addresses",
+    ),
+    (
+        "settings",
+        "tables",
+        "db",
+        "migrations",
+        "committer",
+        "http_parser",
+        "http_adapter",
+        "fal",
+        "metrics",
+        "polls",
+        "signing",
+        "outbound",
+        "fal_keys",
+    ),
+    ("ledger", "calls", "jobs", "keys", "accounts", "prices", "processes", "reports", "audit", "shapes", "webhooks"),
+    (
+        "limits",
+        "runtime",
+        "admission",
+        "gateway",
+        "settlement",
+        "queue_gateway",
+        "reconcile",
+        "sweep",
+        "webhook_intake",
+        "webhook_delivery",
+    ),
     ("web", "commands", "serving", "wsgi", "gunicorn_config", "worker", "sandbox"),
 )
 FACTS, NEIGHBOURS, ROWS, PRODUCT, SHELLS = FLOORS
@@ -28,7 +66,8 @@ FACTS, NEIGHBOURS, ROWS, PRODUCT, SHELLS = FLOORS
 DOORS = {
     "requests": {"fal", "http_adapter"},
     "geventhttpclient": {"http_parser"},
-    "socket": {"http_adapter", "serving", "worker", "sandbox"},
+    "socket": {"http_adapter", "outbound", "serving", "worker", "sandbox"},
+    "cryptography": {"signing"},
     "sqlite3": {"db", "committer", "migrations", "commands"},
     "sqlalchemy": {"db", "tables", "settings", *ROWS, "migrations"},
     "flask": {"web", "settings"},
@@ -152,7 +191,17 @@ def test_facts_and_arithmetic_do_nothing_but_compute() -> None:
 
 
 def test_the_gateway_knows_no_web_framework() -> None:
-    for module in (*FACTS, *ROWS, "admission", "gateway", "settlement", "queue_gateway", "reconcile"):
+    for module in (
+        *FACTS,
+        *ROWS,
+        "admission",
+        "gateway",
+        "settlement",
+        "queue_gateway",
+        "reconcile",
+        "webhook_intake",
+        "webhook_delivery",
+    ):
         frameworks = {"flask", "werkzeug", "gunicorn", "click", "requests"}
         assert {name.split(".")[0] for name in imported(module)} & frameworks == set(), module
 
@@ -190,6 +239,8 @@ def test_quotients_of_integers_are_not_taken_with_a_slash() -> None:
         "admission",
         "gateway",
         "jobs",
+        "webhooks",
+        "webhook_intake",
         "settlement",
         "queue_gateway",
     ):

@@ -331,6 +331,7 @@ def placed(rt: runtime.Runtime, fal: Fal, books: Books, count: int, *, weather: 
             jobs.remember(tx, call, request_id, http_status=200)
 
         books.write(write)
+    session.close()
     return account, rt.reader.read(lambda tx: jobs.sent_after(tx, 0, most=1000))
 
 

@@ -146,9 +146,11 @@ What it imitates
   fal's validation errors for missing or wrong prompt, image_url, num_images, image_size, duration
   fal's error bodies by status (weather "status")
   the queue under /queue: submit, status, status/stream, result, cancel, with and without a sub-path
+  fal_webhook on a submit: a signed POST when the job completes, to loopback addresses only, repeated four times
+    within seconds; the key's public half is at /.well-known/jwks.json and /rest/.well-known/jwks.json
 
 What it does not imitate
-  /stream, webhooks (a fal_webhook is not called), uploads, WebSockets, the platform API; CORS
+  /stream, uploads, WebSockets, the platform API; CORS
   anything that depends on what a picture or prompt shows: filters, refusals, the size of a remote image
     (which counts as 1024 x 1024, unless its URL is one of this simulator's), the real time a model takes
   parameters beyond those above; fal's exact rounding of megapixels, which fal does not publish
@@ -181,6 +183,7 @@ Weather: how the next answers go wrong
                      job's result's, the connection's weather is the submit's. Ahead of time, a match of queue/status,
                      queue/result or queue/cancel, with /REQUEST_ID for one job's, is for the next such call:
                      status, body, delay_s, connection
+  webhook            none, bad_signature, stale (signed an hour ago), twice
   (with size_bytes and echo the input is not looked at, and the call is billed as 1 unit)
   all keys: {keys}
 

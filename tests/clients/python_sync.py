@@ -45,7 +45,7 @@ for name, call in {
     "invalid": lambda: fal_client.subscribe(MODEL, arguments={"image_size": "square"}),
     "unpriced": lambda: fal_client.submit("fal-ai/no-such-model", arguments=CAT),
     "unknown_job": lambda: fal_client.status(MODEL, "019da0f9-f0d6-7eb0-9e16-d7bcfd663a72"),
-    "webhook": lambda: fal_client.submit(MODEL, arguments=CAT, webhook_url="https://example.com/hook"),
+    "webhook": lambda: fal_client.submit(MODEL, arguments=CAT, webhook_url="https://10.0.0.1/hook"),
 }.items():
     try:
         call()

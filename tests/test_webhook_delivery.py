@@ -1,0 +1,633 @@
+"""Webhooks in one process: taken from fal only as fal signed them, brought to customers whatever their hosts do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gevent
+import pytest
+import requests
+import trustme
+
+from abhiapi import (
+    fal_keys,
+    jobs,
+    outbound,
+    reconcile,
+    runtime,
+    signing,
+    webhook_delivery,
+    webhook_intake,
+    webhooks,
+    webhookwire,
+)
+from abhiapi.db import Database
+from abhiapi.errors import (
+    AbhiError,
+    NotFound,
+    Refused,
+    WebhookNotTaken,
+    WebhookSignatureInvalid,
+    WebhookUrlRefused,
+)
+from abhiapi.fal import Fal as FalHost
+from abhiapi.ids import call_text
+from abhiapi.settings import Settings
+from abhiapi.webhook_delivery import Deliveries
+from tests.harness import OPERATOR_KEY, Books, Clock, Fal, until
+from tests.receiver import Receiver, is_signed
+from tests.test_queue import FLUX_MICROS
+from tests.test_queue_settlement import is_done, placed
+
+PUBLIC_URL = "https://fal.example.com"
+USER_ID = "fal-user"
+
+
+@dataclass
+class Desk:
+    """A runtime with a clock, whose rounds are started by hand, and a fal whose webhooks the test signs."""
+
+    rt: runtime.Runtime
+    clock: Clock
+    fal: Fal
+    books: Books
+    fals_key: signing.WebhookKey
+    keys_page: Receiver
+    deliveries: Deliveries = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.deliveries = Deliveries(self.rt, lambda _: 500)
+
+    def wanting(self, url: str, count: int = 1, *, weather: str = "") -> tuple[str, list[jobs.Job]]:
+        """An account's jobs, complete at fal, whose end is to be told to ``url``."""
+        before = {job.call.call_id for job in self.rt.reader.read(lambda tx: jobs.sent_after(tx, 0, most=1000))}
+        account, found = placed(self.rt, self.fal, self.books, count, weather=weather)
+        found = [job for job in found if job.call.call_id not in before]
+        for job in found:
+            self.books.write(lambda tx, job=job: webhooks.want(tx, job.call, url, now_ms=self.clock.now_ms))  # type: ignore[misc]
+        until(lambda: all(is_done(self.fal, job) for job in found), what="fal is done")
+        return account, found
+
+    def settle(self) -> None:
+        assert reconcile.run_once(self.rt).failed == 0
+
+    def row(self, job: jobs.Job) -> webhooks.WebhookRow:
+        row = self.rt.reader.read(lambda tx: webhooks.one(tx, job.call.call_id))
+        assert row is not None
+        return row
+
+    def signed(
+        self, job: jobs.Job, body: bytes, *, age_s: int = 0, key: signing.WebhookKey | None = None
+    ) -> dict[str, str]:
+        timestamp = self.clock.now_ms // 1000 - age_s
+        message = webhookwire.message(job.request_id, USER_ID, timestamp, webhookwire.sha256_hex(body))
+        signature = (key or self.fals_key).sign(message)
+        headers = webhookwire.signed_headers(job.request_id, USER_ID, timestamp, signature)
+        return {name.lower(): value for name, value in headers}
+
+    def receive(self, job: jobs.Job, body: bytes, headers: dict[str, str] | None = None, *, token: str = "") -> None:
+        call = call_text(job.call.call_id)
+        left = [body]
+        webhook_intake.receive(
+            self.rt,
+            call,
+            token or self.rt.webhook_key.token(call),
+            headers or self.signed(job, body),
+            lambda _: left.pop() if left else b"",
+        )
+
+
+def fals_body(job: jobs.Job) -> bytes:
+    return b'{"status":"OK","request_id":"%s","payload":{"n":1.0,"u":"\\u00e9"}}' % job.request_id.encode()
+
+
+@pytest.fixture
+def desk_with(database: Database, fal: Fal) -> Iterator[Callable[..., Desk]]:
+    made: list[Desk] = []
+    clock = Clock(time.time_ns() // 1_000_000)
+    with Receiver.started() as keys_page:
+
+        def make(**settings: str) -> Desk:
+            rt = runtime.start(
+                Settings.from_env(
+                    {
+                        "FAL_KEY": OPERATOR_KEY,
+                        "ABHIAPI_DATABASE_URL": f"sqlite:///{database.path}",
+                        "ABHIAPI_FAL_RUN_URL": fal.url,
+                        "ABHIAPI_FAL_QUEUE_URL": f"{fal.url}/queue",
+                        "ABHIAPI_FAL_REST_URL": keys_page.url(""),
+                        "ABHIAPI_WEBHOOK_ALLOW_LOOPBACK": "1",
+                    }
+                    | settings
+                ),
+                now_ms=clock,
+            )
+            key = signing.WebhookKey.new()
+            keys_page.body = json.dumps(key.jwks()).encode()
+            made.append(Desk(rt, clock, fal, Books(database, clock), key, keys_page))
+            return made[-1]
+
+        yield make
+        for desk in made:
+            desk.rt.close()
+
+
+@pytest.fixture
+def desk(desk_with: Callable[..., Desk]) -> Desk:
+    return desk_with()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with Receiver.started() as running:
+        yield running
+
+
+# --- made and delivered -----------------------------------------------------------------------------------------
+
+
+def test_a_settled_job_is_told_once_with_its_charge(desk: Desk, receiver: Receiver) -> None:
+    account, (job,) = desk.wanting(receiver.url("/hook?token=secret"))
+    desk.deliveries.run_until_idle()
+    assert receiver.deliveries == []  # it has not ended here yet
+    desk.settle()
+    desk.deliveries.run_until_idle()
+    desk.deliveries.run_until_idle()
+    (told,) = receiver.deliveries
+    assert told.path == "/hook?token=secret"
+    assert told.headers["content-type"] == "application/json"
+    assert told.headers["x-fal-webhook-user-id"] == account
+    assert is_signed(desk.rt.webhook_key.jwks(), told)
+    assert not is_signed(signing.WebhookKey.new().jwks(), told)
+    result = requests.get(
+        f"{desk.fal.url}/queue/fal-ai/flux/requests/{job.request_id}", headers={"Authorization": "Key x:y"}, timeout=10
+    ).content
+    head = b'{"request_id": "%b", "gateway_request_id": "%b", "status": "OK", "payload": ' % (
+        (job.request_id.encode(),) * 2
+    )
+    assert told.body.startswith(head + result + b', "_billing": {')
+    assert told.json["_billing"]["credits_used"] == 26.25
+    row = desk.row(job)
+    assert (row.state, row.attempts, row.last_status, row.last_error) == ("delivered", 1, 200, None)
+
+
+def test_a_failed_attempt_is_repeated_with_the_same_bytes(desk: Desk, receiver: Receiver) -> None:
+    receiver.statuses = [500, 404]
+    _, (job,) = desk.wanting(receiver.url())
+    desk.settle()
+    for attempts, wait_ms in ((1, 10_000), (2, 20_000)):
+        desk.deliveries.run_until_idle()
+        row = desk.row(job)
+        assert (row.state, row.attempts, len(receiver.deliveries)) == ("due", attempts, attempts)
+        assert row.next_attempt_at == desk.clock.now_ms + wait_ms
+        desk.clock.tick(wait_ms)
+    desk.deliveries.run_until_idle()
+    assert desk.row(job).state == "delivered"
+    first, *_, last = receiver.deliveries
+    assert first.body == last.body
+    assert int(last.headers["x-fal-webhook-timestamp"]) == int(first.headers["x-fal-webhook-timestamp"]) + 30
+    assert is_signed(desk.rt.webhook_key.jwks(), last)
+
+
+def test_after_a_day_of_failures_it_is_given_up_and_can_be_resent(
+    desk: Desk, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    receiver.statuses = [503] * webhookwire.ATTEMPTS_MAX
+    _, (job,) = desk.wanting(receiver.url("/secret-path?token=secret"))
+    desk.settle()
+    started = desk.clock.now_ms
+    with caplog.at_level(logging.WARNING):
+        while desk.row(job).state != "failed":
+            desk.deliveries.run_until_idle()
+            desk.clock.now_ms = desk.row(job).next_attempt_at or desk.clock.now_ms
+    assert len(receiver.deliveries) == webhookwire.ATTEMPTS_MAX
+    assert 20 * 3_600_000 < desk.clock.now_ms - started < 28 * 3_600_000
+    assert "failed for good" in caplog.text
+    assert receiver.url("") in caplog.text
+    assert "secret" not in caplog.text
+    desk.books.write(lambda tx: webhooks.resend(tx, job.call.call_id, now_ms=desk.clock.now_ms))
+    desk.deliveries.run_until_idle()
+    assert desk.row(job).state == "delivered"
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed_and_final(desk: Desk, receiver: Receiver, status: int) -> None:
+    """Row 67 of B9."""
+    with Receiver.started() as elsewhere:
+        receiver.location, receiver.statuses = elsewhere.url(), [status]
+        _, (job,) = desk.wanting(receiver.url())
+        desk.settle()
+        desk.deliveries.run_until_idle()
+        assert elsewhere.deliveries == []
+    assert (desk.row(job).state, desk.row(job).last_status) == ("failed", status)
+
+
+def test_nobody_there_is_repeated(desk: Desk) -> None:
+    with Receiver.started() as gone:
+        url = gone.url()
+    _, (job,) = desk.wanting(url)
+    desk.settle()
+    desk.deliveries.run_until_idle()
+    row = desk.row(job)
+    assert (row.state, row.attempts, row.last_status) == ("due", 1, None)
+    assert "refused" in str(row.last_error).lower()
+
+
+def test_an_answer_without_end_is_cut(desk: Desk, receiver: Receiver) -> None:
+    """The status counts; of what follows no more than a little is read."""
+    receiver.body = b"x" * 50_000_000
+    _, (job,) = desk.wanting(receiver.url())
+    desk.settle()
+    desk.deliveries.run_until_idle()
+    assert desk.row(job).state == "delivered"
+
+
+# --- where it may go --------------------------------------------------------------------------------------------
+
+
+def names(desk: Desk, answers: list[list[str]], **allowed: Any) -> list[str]:
+    """Have the names resolved to these addresses, one answer after the other; the list of who was asked for."""
+    asked: list[str] = []
+
+    def lookup(host: str, port: int) -> list[str]:
+        asked.append(host)
+        return answers[min(len(asked), len(answers)) - 1]
+
+    desk.rt.outbound = outbound.Outbound(desk.rt.outbound._allowed, lookup)
+    return asked
+
+
+def test_a_name_that_moves_inside_after_the_submit_is_not_called(
+    desk_with: Callable[..., Desk], receiver: Receiver
+) -> None:
+    """Row 67 of B9, DNS rebinding: public when checked at the submit, this machine when it is delivered."""
+    desk = desk_with(ABHIAPI_WEBHOOK_ALLOW_LOOPBACK="0")
+    asked = names(desk, [["93.184.216.34"], ["127.0.0.1"]])
+    url = receiver.url(host="rebinding.example")
+    assert webhook_intake.wished(desk.rt, 1, f"a=1&fal_webhook={url}") == ("a=1", url)
+    _, (job,) = desk.wanting(url)
+    desk.settle()
+    desk.deliveries.run_until_idle()
+    assert (desk.row(job).state, desk.row(job).attempts) == ("failed", 1)
+    assert "not at a public address" in str(desk.row(job).last_error)
+    assert receiver.deliveries == []
+    assert asked == ["rebinding.example"] * 2
+
+
+def test_the_connection_goes_to_the_address_that_was_checked(desk: Desk, receiver: Receiver) -> None:
+    """The second answer of the name server would be refused; it is never asked for."""
+    asked = names(desk, [["127.0.0.1"], ["10.0.0.1"]])
+    _, (job,) = desk.wanting(receiver.url(host="hook.example.test"))
+    desk.settle()
+    desk.deliveries.run_until_idle()
+    assert desk.row(job).state == "delivered"
+    assert asked == ["hook.example.test"]
+    assert receiver.deliveries[0].headers["host"] == f"hook.example.test:{receiver.port}"
+
+
+@pytest.mark.parametrize("found", [["93.184.216.34", "10.0.0.1"], ["::ffff:127.0.0.1"], ["169.254.169.254"]])
+def test_a_name_with_one_inner_address_is_refused_at_the_submit(
+    desk_with: Callable[..., Desk], found: list[str]
+) -> None:
+    desk = desk_with(ABHIAPI_WEBHOOK_ALLOW_LOOPBACK="0")
+    names(desk, [found])
+    with pytest.raises(WebhookUrlRefused, match="public address"):
+        webhook_intake.wished(desk.rt, 1, "fal_webhook=https://x.example/")
+
+
+def test_a_name_server_that_does_not_answer_holds_up_nobody_else(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbound, "RESOLVE_S", 1)
+    stuck = threading.Event()
+
+    def lookup(host: str, port: int) -> list[str]:
+        stuck.wait(30)
+        return []
+
+    desk.rt.outbound = outbound.Outbound(desk.rt.outbound._allowed, lookup)
+    ticks: list[float] = []
+
+    def tick() -> None:
+        while True:
+            ticks.append(time.monotonic())
+            gevent.sleep(0.05)
+
+    ticking = gevent.spawn(tick)
+    with pytest.raises(WebhookUrlRefused, match="was not resolved"):
+        webhook_intake.wished(desk.rt, 1, "fal_webhook=https://slow.example/")
+    ticking.kill()
+    stuck.set()
+    assert len(ticks) > 5
+
+
+@pytest.mark.parametrize(("certified", "state"), [("hook.example.test", "delivered"), ("other.example.test", "due")])
+def test_tls_is_verified_against_the_name(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, certified: str, state: str
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(certified).configure_cert(context)
+    names(desk, [["127.0.0.1"]])
+    with Receiver.started(context) as secure:
+        _, (job,) = desk.wanting(secure.url(host="hook.example.test"))
+        desk.settle()
+        desk.deliveries.run_until_idle()
+        row = desk.row(job)
+        assert row.state == state, row.last_error
+        assert len(secure.deliveries) == (state == "delivered")
+
+
+def test_no_proxy_of_the_environment_is_asked(desk: Desk, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    target = webhookwire.target_of(receiver.url())
+    assert desk.rt.outbound.post(target, [], b"{}", timeout_s=10) == 200
+
+
+# --- many, and several at work ----------------------------------------------------------------------------------
+
+
+def test_a_host_that_does_not_answer_keeps_no_other_account_waiting(desk: Desk, receiver: Receiver) -> None:
+    with Receiver.started() as dead:
+        dead.hold = threading.Event()
+        _, stuck = desk.wanting(dead.url(), 3 * webhook_delivery.PER_ACCOUNT)
+        _, (job,) = desk.wanting(receiver.url())
+        desk.settle()
+        rounds = gevent.spawn(desk.deliveries.run_for_ever)
+        until_here(lambda: desk.row(job).state == "delivered")
+        assert len(dead.deliveries) <= webhook_delivery.PER_ACCOUNT
+        dead.hold.set()
+        until_here(lambda: all(desk.row(one).state == "delivered" for one in stuck))
+        rounds.kill()
+        assert len(dead.deliveries) == len(stuck)
+
+
+def until_here(condition: Callable[[], bool]) -> None:
+    """Wait while this process's own greenlets work."""
+    with gevent.Timeout(30):
+        while not condition():
+            gevent.sleep(0.01)
+
+
+def test_two_processes_deliver_each_once(desk: Desk, receiver: Receiver) -> None:
+    _, found = desk.wanting(receiver.url(), 20)
+    desk.settle()
+    others = [Deliveries(desk.rt) for _ in range(3)]
+    gevent.joinall([gevent.spawn(one.run_until_idle) for one in others], raise_error=True)
+    assert sorted(one.json["request_id"] for one in receiver.deliveries) == sorted(job.request_id for job in found)
+    assert {desk.row(job).state for job in found} == {"delivered"}
+
+
+def test_what_a_killed_process_was_at_is_taken_up_again(desk: Desk, receiver: Receiver) -> None:
+    """The kill left a lease behind, first while the payload was made, then while it was delivered."""
+    _, (job,) = desk.wanting(receiver.url())
+    desk.settle()
+    call_id, now = job.call.call_id, desk.clock.now_ms
+    (ready,) = desk.rt.reader.read(lambda tx: webhooks.ended(tx, before=now, most=10))
+    assert desk.books.write(lambda tx: webhooks.lease(tx, ready, "waiting", until=now + 1000))
+    assert not desk.books.write(lambda tx: webhooks.lease(tx, ready, "waiting", until=now + 2000))
+    desk.deliveries.run_until_idle()
+    assert desk.row(job).state == "waiting"
+    desk.clock.tick(1000)
+    desk.books.write(lambda tx: webhooks.store(tx, call_id, b'{"made": 1}', now_ms=desk.clock.now_ms))
+    (ready,) = desk.rt.reader.read(lambda tx: webhooks.due(tx, job.call.account_id, now_ms=desk.clock.now_ms, most=10))
+    assert desk.books.write(lambda tx: webhooks.lease(tx, ready, "due", until=desk.clock.now_ms + 1000))
+    desk.deliveries.run_until_idle()
+    assert receiver.deliveries == []
+    desk.clock.tick(1000)
+    desk.deliveries.run_until_idle()
+    assert [one.json for one in receiver.deliveries] == [{"made": 1}]
+
+
+def test_old_payloads_are_forgotten_with_the_secrets_of_their_urls(desk: Desk, receiver: Receiver) -> None:
+    _, (job,) = desk.wanting(receiver.url("/hook?token=secret"))
+    desk.settle()
+    desk.deliveries.run_until_idle()
+    desk.clock.tick(webhooks.KEPT_MS)
+    desk.deliveries._drop_old()
+    assert desk.row(job).has_payload
+    desk.clock.tick(webhook_delivery.DROP_EVERY_MS)
+    desk.deliveries._drop_old()
+    row = desk.row(job)
+    assert (row.has_payload, row.url) == (0, receiver.url("/hook"))
+    with pytest.raises(Refused, match="payload"):
+        desk.books.write(lambda tx: webhooks.resend(tx, job.call.call_id, now_ms=desk.clock.now_ms))
+
+
+def test_a_running_job_or_an_unknown_call_is_not_resent(desk: Desk, receiver: Receiver) -> None:
+    _, (job,) = desk.wanting(receiver.url())
+    with pytest.raises(Refused, match="not ended"):
+        desk.books.write(lambda tx: webhooks.resend(tx, job.call.call_id, now_ms=1))
+    with pytest.raises(NotFound):
+        desk.books.write(lambda tx: webhooks.resend(tx, 7, now_ms=1))
+
+
+def test_trouble_at_fal_delays_the_payload(desk: Desk, receiver: Receiver) -> None:
+    _, (job,) = desk.wanting(receiver.url())
+    desk.settle()
+    match = f"queue/result/{job.request_id}"
+    requests.post(desk.fal.url + "/_sandbox/weather", json=[{"match": match, "status": 403}], timeout=10)
+    desk.deliveries.run_until_idle()
+    assert (desk.row(job).state, desk.row(job).attempts) == ("waiting", 1)
+    desk.clock.tick(10_000)
+    desk.deliveries.run_until_idle()
+    assert desk.row(job).state == "delivered"
+
+
+def test_a_result_that_is_too_large_is_announced(desk: Desk, receiver: Receiver) -> None:
+    _, _ = desk.wanting(receiver.url(), weather=f"size_bytes={webhookwire.PAYLOAD_BYTES_MAX + 1}")
+    desk.settle()
+    desk.deliveries.run_until_idle()
+    told = receiver.deliveries[0].json
+    assert (told["status"], told["payload"], told["payload_error"]) == ("OK", None, webhookwire.TOO_LARGE)
+    assert told["_billing"]["credits_used"] == 26.25
+
+
+# --- fal's own deliveries ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def known(desk_with: Callable[..., Desk]) -> Desk:
+    """A desk whose address fal knows."""
+    return desk_with(ABHIAPI_PUBLIC_URL=PUBLIC_URL)
+
+
+def test_fal_is_given_a_url_of_ours(known: Desk, receiver: Receiver) -> None:
+    url = receiver.url("/hook?a=1")
+    query, wish = webhook_intake.wished(known.rt, 7, f"x=1&fal_webhook={requests.utils.quote(url, safe='')}")
+    assert wish == url
+    text = call_text(7)
+    ours = f"{PUBLIC_URL}/v1/webhooks/fal/{text}/{known.rt.webhook_key.token(text)}"
+    assert query == f"x=1&fal_webhook={requests.utils.quote(ours, safe='')}"
+
+
+def test_fals_delivery_settles_and_is_passed_on_byte_for_byte(known: Desk, receiver: Receiver) -> None:
+    account, (job,) = known.wanting(receiver.url())
+    body = fals_body(job)
+    known.receive(job, body)
+    assert known.books.standing(account) == (5_000_000 - FLUX_MICROS, 0)
+    known.deliveries.run_until_idle()
+    (told,) = receiver.deliveries
+    assert told.body.startswith(body[:-1] + b', "_billing": {"model": "fal-ai/flux/dev", "credits_used": 26.25, ')
+    known.receive(job, body)  # a replay
+    known.receive(job, fals_body(job).replace(b"1.0", b"2.0"))
+    known.clock.tick(webhook_delivery.GRACE_MS)
+    known.deliveries.run_until_idle()
+    assert len(receiver.deliveries) == 1
+    assert len([entry for entry in known.books.entries(account) if entry.kind == "charge"]) == 1
+
+
+def test_where_fal_does_not_deliver_we_do_after_a_while(known: Desk, receiver: Receiver) -> None:
+    _, (job,) = known.wanting(receiver.url())
+    known.settle()
+    known.clock.tick(webhook_delivery.GRACE_MS - 1)
+    known.deliveries.run_until_idle()
+    assert receiver.deliveries == []
+    known.clock.tick(1)
+    known.deliveries.run_until_idle()
+    assert len(receiver.deliveries) == 1
+    known.receive(job, fals_body(job))  # at last
+    known.deliveries.run_until_idle()
+    assert len(receiver.deliveries) == 1
+
+
+def refusal(
+    desk: Desk, job: jobs.Job, body: bytes, headers: dict[str, str] | None = None, **more: str
+) -> type[AbhiError]:
+    with pytest.raises(AbhiError) as refused:
+        desk.receive(job, body, headers, **more)
+    assert desk.row(job).state == "waiting"
+    assert desk.rt.reader.read(lambda tx: jobs.by_call(tx, job.call.call_id)).state == "sent"  # type: ignore[union-attr]
+    return type(refused.value)
+
+
+def test_only_what_fal_signed_just_now_is_taken(known: Desk, receiver: Receiver) -> None:
+    _, (job,) = known.wanting(receiver.url())
+    body = fals_body(job)
+    good = known.signed(job, body)
+    for headers in (
+        {"content-type": "application/json"},
+        good | {"x-fal-webhook-signature": "00" * 64},
+        good | {"x-fal-webhook-signature": "zz"},
+        good | {"x-fal-webhook-timestamp": str(known.clock.now_ms // 1000 - 5)},
+        good | {"x-fal-webhook-user-id": "somebody"},
+        known.signed(job, body + b" "),
+        known.signed(job, body, age_s=301),
+        known.signed(job, body, age_s=-301),
+        known.signed(job, body, key=known.rt.webhook_key),
+    ):
+        assert refusal(known, job, body, headers) is WebhookSignatureInvalid
+    known.receive(job, body, known.signed(job, body, age_s=299))
+    assert known.row(job).state == "due"
+
+
+def test_what_fal_signed_for_somebody_else_is_useless(known: Desk, receiver: Receiver) -> None:
+    """fal's keys sign for all of its customers; the token in the URL is what they cannot have."""
+    _, (job, other) = known.wanting(receiver.url(), 2)
+    body = fals_body(job)
+    assert refusal(known, job, body, token="0" * 64) is NotFound
+    assert refusal(known, job, body, token=known.rt.webhook_key.token(call_text(other.call.call_id))) is NotFound
+    assert refusal(known, job, fals_body(other), known.signed(other, fals_body(other))) is NotFound
+    assert refusal(known, job, fals_body(other), known.signed(job, fals_body(other))) is NotFound
+
+
+def test_another_user_of_fal_is_refused_where_ours_is_set(desk_with: Callable[..., Desk], receiver: Receiver) -> None:
+    desk = desk_with(ABHIAPI_PUBLIC_URL=PUBLIC_URL, ABHIAPI_FAL_USER_ID="operator-at-fal")
+    _, (job,) = desk.wanting(receiver.url())
+    assert refusal(desk, job, fals_body(job)) is WebhookSignatureInvalid
+
+
+def test_fal_may_be_faster_than_our_row(known: Desk) -> None:
+    call = call_text(known.rt.call_ids.new(known.clock.now_ms))
+    _, (job,) = known.wanting("https://x.example/")
+    body = fals_body(job)
+    left = [body]
+    with pytest.raises(WebhookNotTaken) as refused:
+        webhook_intake.receive(
+            known.rt, call, known.rt.webhook_key.token(call), known.signed(job, body),
+            lambda _: left.pop() if left else b"",
+        )  # fmt: skip
+    assert refused.value.status == 503
+
+
+def test_new_keys_of_fal_are_found_and_strangers_make_us_ask_seldom(known: Desk, receiver: Receiver) -> None:
+    _, (job, later) = known.wanting(receiver.url(), 2)
+    known.receive(job, fals_body(job))
+    assert known.keys_page.asked == 1
+    fresh = signing.WebhookKey.new()
+    known.keys_page.body = json.dumps(fresh.jwks()).encode()
+    body = fals_body(later)
+    for _ in range(5):
+        assert refusal(known, later, body, known.signed(later, body, key=fresh)) is WebhookSignatureInvalid
+    assert known.keys_page.asked == 1
+    known.clock.tick(fal_keys.AGAIN_MS + 1)
+    known.receive(later, body, known.signed(later, body, key=fresh))
+    assert known.keys_page.asked == 2
+
+
+def test_without_fals_keys_it_is_asked_to_come_again(known: Desk, receiver: Receiver) -> None:
+    _, (job,) = known.wanting(receiver.url())
+    page, known.keys_page.body = known.keys_page.body, b"<html>"
+    assert refusal(known, job, fals_body(job)) is WebhookNotTaken
+    known.keys_page.body = page
+    known.receive(job, fals_body(job))
+    known.clock.tick(fal_keys.KEPT_MS + 1)  # old keys are not believed for ever
+    known.keys_page.body = b"<html>"
+    with pytest.raises(WebhookNotTaken):
+        known.receive(job, fals_body(job))
+
+
+def test_a_job_whose_result_cannot_be_had_is_asked_to_come_again(known: Desk, receiver: Receiver) -> None:
+    _, (job,) = known.wanting(receiver.url())
+    match = f"queue/result/{job.request_id}"
+    weather = [{"match": match, "status": 503, "body": "html"}] * 4
+    requests.post(known.fal.url + "/_sandbox/weather", json=weather, timeout=10).raise_for_status()
+    assert refusal(known, job, fals_body(job)) is WebhookNotTaken
+    known.receive(job, fals_body(job))
+    assert known.row(job).state == "due"
+
+
+@pytest.mark.parametrize("body", [b"x" * (webhookwire.PAYLOAD_BYTES_MAX + 1), b"[1]", b"\xff"])
+def test_a_signed_body_that_cannot_be_kept_still_ends_the_job(known: Desk, receiver: Receiver, body: bytes) -> None:
+    account, (job,) = known.wanting(receiver.url())
+    known.receive(job, body)
+    assert known.books.standing(account) == (5_000_000 - FLUX_MICROS, 0)
+    known.deliveries.run_until_idle()  # made from the result, without waiting any longer
+    assert receiver.deliveries[0].json["payload"]["images"]
+
+
+def test_settlers_racing_with_fals_delivery_end_it_once(known: Desk, receiver: Receiver) -> None:
+    """Row 37 of B5, with the webhook as one of them."""
+    account, found = known.wanting(receiver.url(), 5)
+    racing = [gevent.spawn(known.receive, job, fals_body(job)) for job in found for _ in range(4)]
+    racing += [gevent.spawn(reconcile.run_once, known.rt) for _ in range(3)]
+    gevent.joinall(racing, raise_error=True)
+    known.clock.tick(webhook_delivery.GRACE_MS)
+    known.deliveries.run_until_idle()
+    assert len([entry for entry in known.books.entries(account) if entry.kind == "charge"]) == 5
+    assert len(receiver.deliveries) == 5
+    assert known.books.verify().problems == []
+
+
+def test_the_operators_credential_is_not_told_to_customers(known: Desk, receiver: Receiver) -> None:
+    _, (job,) = known.wanting(receiver.url())
+    known.receive(job, fals_body(job).replace(b'"n"', OPERATOR_KEY.join(['"', '"']).encode()))
+    known.deliveries.run_until_idle()
+    assert OPERATOR_KEY.encode() not in receiver.deliveries[0].body
+
+
+def test_this_is_fals_page(fal: Fal) -> None:
+    """The simulator's keys are read as fal's are."""
+    page = fal_keys.FalKeys(FalHost(f"{fal.url}/rest", None, timeout_s=10), Clock())
+    assert not page.have_signed(bytes(64), b"message")
+    assert len(page._keys) == 1
