@@ -53,11 +53,13 @@ class Outbound:
     def __init__(self, allowed: Callable[[str], bool], lookup: Lookup = system_lookup) -> None:
         self._allowed = allowed
         self._lookup = lookup
-        self._threads = ThreadPool(RESOLVERS)
+        self._threads: ThreadPool | None = None  # made where it is used: it belongs to that thread's event loop
         self._context: Any = None
 
     def resolve(self, target: Target) -> list[str]:
         """The addresses of a target, every one of them allowed. Raises `WebhookUrlRefused`, `NotDelivered`."""
+        if self._threads is None:
+            self._threads = ThreadPool(RESOLVERS)
         looking: Any = self._threads.spawn(_caught, partial(self._lookup, target.host, target.port))
         try:
             addresses, error = looking.get(timeout=RESOLVE_S)
@@ -90,7 +92,8 @@ class Outbound:
             raise NotDelivered(f"{type(error).__name__}: {error}"[:200]) from error
 
     def close(self) -> None:
-        self._threads.kill()
+        if self._threads is not None:
+            self._threads.kill()
 
     def _exchange(self, target: Target, addresses: list[str], request: bytes) -> int:
         sock = self._connected(target, addresses)

@@ -39,7 +39,7 @@ from abhiapi.webhooks import Parcel, Ready
 log = logging.getLogger("abhiapi")
 
 LOOK_S = 2  # how often the rows are looked at although nobody in this process said that one is due
-GATHER_MS = 20  # those that become due together are started together
+GATHER_MS = 50  # those that become due together are started together
 GRACE_MS = 60_000  # how long fal's own delivery is waited for, where fal knows our address
 MAKING_AT_ONCE = 16
 DELIVERING_AT_ONCE, RETRYING_AT_ONCE = 256, 128
@@ -97,15 +97,12 @@ class Deliveries:
                     self._busy.add(ready.call_id)
                     self._making.spawn(self._guarded, self._make, ready, lambda: None)
                     started += 1
-        account = self._next_account(-1)
-        while account is not None:
+        accounts = rt.reader.read(lambda tx: webhooks.accounts(tx, now_ms=now))
+        first = self._chance(len(accounts)) if accounts else 0  # where places are short, everybody is first at times
+        for account in accounts[first:] + accounts[:first]:
             if self._of_account[account] < PER_ACCOUNT:
                 started += self._start_account(account, now)
-            account = self._next_account(account)
         return started
-
-    def _next_account(self, after: int) -> int | None:
-        return self._rt.reader.read(lambda tx: webhooks.next_account(tx, after))
 
     def _start_account(self, account: int, now: int) -> int:
         started, most = 0, 2 * PER_ACCOUNT  # some of them may be ours already

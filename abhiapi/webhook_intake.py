@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping
 
 from gevent.lock import BoundedSemaphore
 
-from abhiapi import jobs, jsonbytes, settlement, webhooks, webhookwire, wire
+from abhiapi import calls, jobs, jsonbytes, settlement, webhooks, webhookwire, wire
 from abhiapi.db import Tx
 from abhiapi.errors import (
+    AbhiError,
     BodyTooLarge,
     NotFound,
     UpstreamError,
@@ -74,8 +75,7 @@ def receive(rt: Runtime, call: str, token: str, headers: Mapping[str, str], read
     signed = _checked(rt, headers, digest)
     job, state = rt.reader.read(lambda tx: (jobs.by_call(tx, call_id), webhooks.state_of(tx, call_id)))
     if job is None or state is None:
-        # fal may be faster than the row of a job that it has just accepted.
-        raise WebhookNotTaken("no such job yet: deliver it again", retry_after_s=10)
+        raise _without_job(rt, call_id, signed.request_id)
     if signed.request_id != job.request_id:
         raise NotFound("no such webhook")
     if state != "waiting":
@@ -86,6 +86,16 @@ def receive(rt: Runtime, call: str, token: str, headers: Mapping[str, str], read
     payload = body if document is not None and not shows_secret(rt, body) else None
     _store(rt, job, payload)
     rt.webhooks_due.set()
+
+
+def _without_job(rt: Runtime, call_id: int, request_id: str) -> AbhiError:
+    """fal may be faster than the row of a job that it has just accepted; or the submit's answer was lost."""
+    try:
+        rt.reader.read(lambda tx: calls.open_call(tx, call_id))
+    except (NotFound, calls.CallEnded):
+        return NotFound("no such webhook")
+    log.warning("fal delivered %s for %s, which has no such job (yet)", request_id, call_text(call_id))
+    return WebhookNotTaken("no such job yet: deliver it again", retry_after_s=10)
 
 
 def shows_secret(rt: Runtime, document: bytes | None) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sqlalchemy import bindparam, func, insert, literal_column, null, select, update
+from sqlalchemy import bindparam, exists, func, insert, literal_column, null, select, update
 
 from abhiapi import calls, tables
 from abhiapi.db import Row, Tx
@@ -42,11 +42,18 @@ _ENDED = (
     .order_by(_w.next_attempt_at)
     .limit(bindparam("most"))
 )
-_NEXT_ACCOUNT = (
-    select(_w.account_id)
-    .where(_IS_DUE, _w.account_id > bindparam("after"))
-    .order_by(_w.account_id)
-    .limit(literal_column("1"))
+# From one account to the next by the index, however many webhooks each of them has.
+_FIRST = select(func.min(_w.account_id).label("account_id")).where(_IS_DUE).cte("having", recursive=True)
+_HAVING = _FIRST.union_all(
+    select(
+        select(func.min(_w.account_id))
+        .where(_IS_DUE, _w.account_id > _FIRST.c.account_id)
+        .correlate(_FIRST)
+        .scalar_subquery()
+    ).where(_FIRST.c.account_id.is_not(None))
+)
+_ACCOUNTS = select(_HAVING.c.account_id).where(
+    exists().where(_IS_DUE, _w.account_id == _HAVING.c.account_id, _w.next_attempt_at <= bindparam("now"))
 )
 _DUE = (
     select(_w.call_id, _w.next_attempt_at, _w.attempts, func.length(_w.payload))
@@ -172,10 +179,9 @@ def ended(tx: Tx, *, before: int, most: int) -> list[Ready]:
     return [Ready(*row) for row in tx.all(_ENDED, before=before, most=most)]
 
 
-def next_account(tx: Tx, after: int) -> int | None:
-    """The next account, by number, that has webhooks to be delivered, now or later."""
-    row = tx.one(_NEXT_ACCOUNT, after=after)
-    return None if row is None else row[0]
+def accounts(tx: Tx, *, now_ms: int) -> list[int]:
+    """The accounts that have webhooks to be delivered now."""
+    return [row[0] for row in tx.all(_ACCOUNTS, now=now_ms)]
 
 
 def due(tx: Tx, account_id: int, *, now_ms: int, most: int) -> list[Ready]:

@@ -1,14 +1,12 @@
-"""Webhooks in one process: taken from fal only as fal signed them, brought to customers whatever their hosts do."""
+"""Webhooks on their way out, in one process: brought to customers once, whatever their hosts do."""
 
 from __future__ import annotations
 
-import json
 import logging
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,138 +16,23 @@ import requests
 import trustme
 
 from abhiapi import (
-    fal_keys,
-    jobs,
     outbound,
-    reconcile,
-    runtime,
     signing,
     webhook_delivery,
     webhook_intake,
     webhooks,
     webhookwire,
 )
-from abhiapi.db import Database
 from abhiapi.errors import (
-    AbhiError,
     NotFound,
     Refused,
-    WebhookNotTaken,
-    WebhookSignatureInvalid,
     WebhookUrlRefused,
 )
-from abhiapi.fal import Fal as FalHost
-from abhiapi.ids import call_text
-from abhiapi.settings import Settings
 from abhiapi.webhook_delivery import Deliveries
-from tests.harness import OPERATOR_KEY, Books, Clock, Fal, until
 from tests.receiver import Receiver, is_signed
-from tests.test_queue import FLUX_MICROS
-from tests.test_queue_settlement import is_done, placed
+from tests.webhook_desk import Desk, desk, desk_with, known, receiver
 
-PUBLIC_URL = "https://fal.example.com"
-USER_ID = "fal-user"
-
-
-@dataclass
-class Desk:
-    """A runtime with a clock, whose rounds are started by hand, and a fal whose webhooks the test signs."""
-
-    rt: runtime.Runtime
-    clock: Clock
-    fal: Fal
-    books: Books
-    fals_key: signing.WebhookKey
-    keys_page: Receiver
-    deliveries: Deliveries = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.deliveries = Deliveries(self.rt, lambda _: 500)
-
-    def wanting(self, url: str, count: int = 1, *, weather: str = "") -> tuple[str, list[jobs.Job]]:
-        """An account's jobs, complete at fal, whose end is to be told to ``url``."""
-        before = {job.call.call_id for job in self.rt.reader.read(lambda tx: jobs.sent_after(tx, 0, most=1000))}
-        account, found = placed(self.rt, self.fal, self.books, count, weather=weather)
-        found = [job for job in found if job.call.call_id not in before]
-        for job in found:
-            self.books.write(lambda tx, job=job: webhooks.want(tx, job.call, url, now_ms=self.clock.now_ms))  # type: ignore[misc]
-        until(lambda: all(is_done(self.fal, job) for job in found), what="fal is done")
-        return account, found
-
-    def settle(self) -> None:
-        assert reconcile.run_once(self.rt).failed == 0
-
-    def row(self, job: jobs.Job) -> webhooks.WebhookRow:
-        row = self.rt.reader.read(lambda tx: webhooks.one(tx, job.call.call_id))
-        assert row is not None
-        return row
-
-    def signed(
-        self, job: jobs.Job, body: bytes, *, age_s: int = 0, key: signing.WebhookKey | None = None
-    ) -> dict[str, str]:
-        timestamp = self.clock.now_ms // 1000 - age_s
-        message = webhookwire.message(job.request_id, USER_ID, timestamp, webhookwire.sha256_hex(body))
-        signature = (key or self.fals_key).sign(message)
-        headers = webhookwire.signed_headers(job.request_id, USER_ID, timestamp, signature)
-        return {name.lower(): value for name, value in headers}
-
-    def receive(self, job: jobs.Job, body: bytes, headers: dict[str, str] | None = None, *, token: str = "") -> None:
-        call = call_text(job.call.call_id)
-        left = [body]
-        webhook_intake.receive(
-            self.rt,
-            call,
-            token or self.rt.webhook_key.token(call),
-            headers or self.signed(job, body),
-            lambda _: left.pop() if left else b"",
-        )
-
-
-def fals_body(job: jobs.Job) -> bytes:
-    return b'{"status":"OK","request_id":"%s","payload":{"n":1.0,"u":"\\u00e9"}}' % job.request_id.encode()
-
-
-@pytest.fixture
-def desk_with(database: Database, fal: Fal) -> Iterator[Callable[..., Desk]]:
-    made: list[Desk] = []
-    clock = Clock(time.time_ns() // 1_000_000)
-    with Receiver.started() as keys_page:
-
-        def make(**settings: str) -> Desk:
-            rt = runtime.start(
-                Settings.from_env(
-                    {
-                        "FAL_KEY": OPERATOR_KEY,
-                        "ABHIAPI_DATABASE_URL": f"sqlite:///{database.path}",
-                        "ABHIAPI_FAL_RUN_URL": fal.url,
-                        "ABHIAPI_FAL_QUEUE_URL": f"{fal.url}/queue",
-                        "ABHIAPI_FAL_REST_URL": keys_page.url(""),
-                        "ABHIAPI_WEBHOOK_ALLOW_LOOPBACK": "1",
-                    }
-                    | settings
-                ),
-                now_ms=clock,
-            )
-            key = signing.WebhookKey.new()
-            keys_page.body = json.dumps(key.jwks()).encode()
-            made.append(Desk(rt, clock, fal, Books(database, clock), key, keys_page))
-            return made[-1]
-
-        yield make
-        for desk in made:
-            desk.rt.close()
-
-
-@pytest.fixture
-def desk(desk_with: Callable[..., Desk]) -> Desk:
-    return desk_with()
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    with Receiver.started() as running:
-        yield running
-
+__all__ = ["desk", "desk_with", "known", "receiver"]  # fixtures
 
 # --- made and delivered -----------------------------------------------------------------------------------------
 
@@ -239,6 +122,17 @@ def test_nobody_there_is_repeated(desk: Desk) -> None:
     row = desk.row(job)
     assert (row.state, row.attempts, row.last_status) == ("due", 1, None)
     assert "refused" in str(row.last_error).lower()
+
+
+def test_a_host_that_does_not_answer_in_time_is_tried_again(
+    desk: Desk, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhookwire, "FIRST_TIMEOUT_S", 1)
+    receiver.hold = threading.Event()
+    _, (job,) = desk.wanting(receiver.url())
+    desk.settle()
+    desk.deliveries.run_until_idle()
+    assert (desk.row(job).state, desk.row(job).last_error) == ("due", "no answer within 1 s")
 
 
 def test_an_answer_without_end_is_cut(desk: Desk, receiver: Receiver) -> None:
@@ -451,183 +345,3 @@ def test_a_result_that_is_too_large_is_announced(desk: Desk, receiver: Receiver)
     told = receiver.deliveries[0].json
     assert (told["status"], told["payload"], told["payload_error"]) == ("OK", None, webhookwire.TOO_LARGE)
     assert told["_billing"]["credits_used"] == 26.25
-
-
-# --- fal's own deliveries ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def known(desk_with: Callable[..., Desk]) -> Desk:
-    """A desk whose address fal knows."""
-    return desk_with(ABHIAPI_PUBLIC_URL=PUBLIC_URL)
-
-
-def test_fal_is_given_a_url_of_ours(known: Desk, receiver: Receiver) -> None:
-    url = receiver.url("/hook?a=1")
-    query, wish = webhook_intake.wished(known.rt, 7, f"x=1&fal_webhook={requests.utils.quote(url, safe='')}")
-    assert wish == url
-    text = call_text(7)
-    ours = f"{PUBLIC_URL}/v1/webhooks/fal/{text}/{known.rt.webhook_key.token(text)}"
-    assert query == f"x=1&fal_webhook={requests.utils.quote(ours, safe='')}"
-
-
-def test_fals_delivery_settles_and_is_passed_on_byte_for_byte(known: Desk, receiver: Receiver) -> None:
-    account, (job,) = known.wanting(receiver.url())
-    body = fals_body(job)
-    known.receive(job, body)
-    assert known.books.standing(account) == (5_000_000 - FLUX_MICROS, 0)
-    known.deliveries.run_until_idle()
-    (told,) = receiver.deliveries
-    assert told.body.startswith(body[:-1] + b', "_billing": {"model": "fal-ai/flux/dev", "credits_used": 26.25, ')
-    known.receive(job, body)  # a replay
-    known.receive(job, fals_body(job).replace(b"1.0", b"2.0"))
-    known.clock.tick(webhook_delivery.GRACE_MS)
-    known.deliveries.run_until_idle()
-    assert len(receiver.deliveries) == 1
-    assert len([entry for entry in known.books.entries(account) if entry.kind == "charge"]) == 1
-
-
-def test_where_fal_does_not_deliver_we_do_after_a_while(known: Desk, receiver: Receiver) -> None:
-    _, (job,) = known.wanting(receiver.url())
-    known.settle()
-    known.clock.tick(webhook_delivery.GRACE_MS - 1)
-    known.deliveries.run_until_idle()
-    assert receiver.deliveries == []
-    known.clock.tick(1)
-    known.deliveries.run_until_idle()
-    assert len(receiver.deliveries) == 1
-    known.receive(job, fals_body(job))  # at last
-    known.deliveries.run_until_idle()
-    assert len(receiver.deliveries) == 1
-
-
-def refusal(
-    desk: Desk, job: jobs.Job, body: bytes, headers: dict[str, str] | None = None, **more: str
-) -> type[AbhiError]:
-    with pytest.raises(AbhiError) as refused:
-        desk.receive(job, body, headers, **more)
-    assert desk.row(job).state == "waiting"
-    assert desk.rt.reader.read(lambda tx: jobs.by_call(tx, job.call.call_id)).state == "sent"  # type: ignore[union-attr]
-    return type(refused.value)
-
-
-def test_only_what_fal_signed_just_now_is_taken(known: Desk, receiver: Receiver) -> None:
-    _, (job,) = known.wanting(receiver.url())
-    body = fals_body(job)
-    good = known.signed(job, body)
-    for headers in (
-        {"content-type": "application/json"},
-        good | {"x-fal-webhook-signature": "00" * 64},
-        good | {"x-fal-webhook-signature": "zz"},
-        good | {"x-fal-webhook-timestamp": str(known.clock.now_ms // 1000 - 5)},
-        good | {"x-fal-webhook-user-id": "somebody"},
-        known.signed(job, body + b" "),
-        known.signed(job, body, age_s=301),
-        known.signed(job, body, age_s=-301),
-        known.signed(job, body, key=known.rt.webhook_key),
-    ):
-        assert refusal(known, job, body, headers) is WebhookSignatureInvalid
-    known.receive(job, body, known.signed(job, body, age_s=299))
-    assert known.row(job).state == "due"
-
-
-def test_what_fal_signed_for_somebody_else_is_useless(known: Desk, receiver: Receiver) -> None:
-    """fal's keys sign for all of its customers; the token in the URL is what they cannot have."""
-    _, (job, other) = known.wanting(receiver.url(), 2)
-    body = fals_body(job)
-    assert refusal(known, job, body, token="0" * 64) is NotFound
-    assert refusal(known, job, body, token=known.rt.webhook_key.token(call_text(other.call.call_id))) is NotFound
-    assert refusal(known, job, fals_body(other), known.signed(other, fals_body(other))) is NotFound
-    assert refusal(known, job, fals_body(other), known.signed(job, fals_body(other))) is NotFound
-
-
-def test_another_user_of_fal_is_refused_where_ours_is_set(desk_with: Callable[..., Desk], receiver: Receiver) -> None:
-    desk = desk_with(ABHIAPI_PUBLIC_URL=PUBLIC_URL, ABHIAPI_FAL_USER_ID="operator-at-fal")
-    _, (job,) = desk.wanting(receiver.url())
-    assert refusal(desk, job, fals_body(job)) is WebhookSignatureInvalid
-
-
-def test_fal_may_be_faster_than_our_row(known: Desk) -> None:
-    call = call_text(known.rt.call_ids.new(known.clock.now_ms))
-    _, (job,) = known.wanting("https://x.example/")
-    body = fals_body(job)
-    left = [body]
-    with pytest.raises(WebhookNotTaken) as refused:
-        webhook_intake.receive(
-            known.rt, call, known.rt.webhook_key.token(call), known.signed(job, body),
-            lambda _: left.pop() if left else b"",
-        )  # fmt: skip
-    assert refused.value.status == 503
-
-
-def test_new_keys_of_fal_are_found_and_strangers_make_us_ask_seldom(known: Desk, receiver: Receiver) -> None:
-    _, (job, later) = known.wanting(receiver.url(), 2)
-    known.receive(job, fals_body(job))
-    assert known.keys_page.asked == 1
-    fresh = signing.WebhookKey.new()
-    known.keys_page.body = json.dumps(fresh.jwks()).encode()
-    body = fals_body(later)
-    for _ in range(5):
-        assert refusal(known, later, body, known.signed(later, body, key=fresh)) is WebhookSignatureInvalid
-    assert known.keys_page.asked == 1
-    known.clock.tick(fal_keys.AGAIN_MS + 1)
-    known.receive(later, body, known.signed(later, body, key=fresh))
-    assert known.keys_page.asked == 2
-
-
-def test_without_fals_keys_it_is_asked_to_come_again(known: Desk, receiver: Receiver) -> None:
-    _, (job,) = known.wanting(receiver.url())
-    page, known.keys_page.body = known.keys_page.body, b"<html>"
-    assert refusal(known, job, fals_body(job)) is WebhookNotTaken
-    known.keys_page.body = page
-    known.receive(job, fals_body(job))
-    known.clock.tick(fal_keys.KEPT_MS + 1)  # old keys are not believed for ever
-    known.keys_page.body = b"<html>"
-    with pytest.raises(WebhookNotTaken):
-        known.receive(job, fals_body(job))
-
-
-def test_a_job_whose_result_cannot_be_had_is_asked_to_come_again(known: Desk, receiver: Receiver) -> None:
-    _, (job,) = known.wanting(receiver.url())
-    match = f"queue/result/{job.request_id}"
-    weather = [{"match": match, "status": 503, "body": "html"}] * 4
-    requests.post(known.fal.url + "/_sandbox/weather", json=weather, timeout=10).raise_for_status()
-    assert refusal(known, job, fals_body(job)) is WebhookNotTaken
-    known.receive(job, fals_body(job))
-    assert known.row(job).state == "due"
-
-
-@pytest.mark.parametrize("body", [b"x" * (webhookwire.PAYLOAD_BYTES_MAX + 1), b"[1]", b"\xff"])
-def test_a_signed_body_that_cannot_be_kept_still_ends_the_job(known: Desk, receiver: Receiver, body: bytes) -> None:
-    account, (job,) = known.wanting(receiver.url())
-    known.receive(job, body)
-    assert known.books.standing(account) == (5_000_000 - FLUX_MICROS, 0)
-    known.deliveries.run_until_idle()  # made from the result, without waiting any longer
-    assert receiver.deliveries[0].json["payload"]["images"]
-
-
-def test_settlers_racing_with_fals_delivery_end_it_once(known: Desk, receiver: Receiver) -> None:
-    """Row 37 of B5, with the webhook as one of them."""
-    account, found = known.wanting(receiver.url(), 5)
-    racing = [gevent.spawn(known.receive, job, fals_body(job)) for job in found for _ in range(4)]
-    racing += [gevent.spawn(reconcile.run_once, known.rt) for _ in range(3)]
-    gevent.joinall(racing, raise_error=True)
-    known.clock.tick(webhook_delivery.GRACE_MS)
-    known.deliveries.run_until_idle()
-    assert len([entry for entry in known.books.entries(account) if entry.kind == "charge"]) == 5
-    assert len(receiver.deliveries) == 5
-    assert known.books.verify().problems == []
-
-
-def test_the_operators_credential_is_not_told_to_customers(known: Desk, receiver: Receiver) -> None:
-    _, (job,) = known.wanting(receiver.url())
-    known.receive(job, fals_body(job).replace(b'"n"', OPERATOR_KEY.join(['"', '"']).encode()))
-    known.deliveries.run_until_idle()
-    assert OPERATOR_KEY.encode() not in receiver.deliveries[0].body
-
-
-def test_this_is_fals_page(fal: Fal) -> None:
-    """The simulator's keys are read as fal's are."""
-    page = fal_keys.FalKeys(FalHost(f"{fal.url}/rest", None, timeout_s=10), Clock())
-    assert not page.have_signed(bytes(64), b"message")
-    assert len(page._keys) == 1
