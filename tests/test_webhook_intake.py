@@ -112,6 +112,7 @@ def test_what_fal_signed_for_somebody_else_is_useless(known: Desk, receiver: Rec
     assert refusal(known, job, body, token="0" * 64) is NotFound
     assert refusal(known, job, body, token=known.rt.webhook_key.token(call_text(other.call.call_id))) is NotFound
     assert refusal(known, job, fals_body(other), known.signed(other, fals_body(other))) is NotFound
+    assert refusal(known, job, b"[1]", known.signed(other, b"[1]")) is NotFound
     assert refusal(known, job, fals_body(other), known.signed(job, fals_body(other))) is NotFound
 
 
