@@ -82,6 +82,7 @@ class Call:
     call_input: Mapping[str, Any]
     dialect: wire.Dialect
     started: float = field(default_factory=monotonic)
+    webhook_url: str | None = None  # where the customer wants to be told of the job's end
     is_ending: bool = False  # its hold is being ended, or has been: nobody else may try
 
 

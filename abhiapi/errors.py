@@ -72,10 +72,10 @@ class BodyIncomplete(BadRequest):
     type = "incomplete_body"
 
 
-class WebhookNotSupported(BadRequest):
-    """fal would deliver the answer past this service; nothing was forwarded."""
+class WebhookUrlRefused(BadRequest):
+    """`fal_webhook` names no URL that this service may deliver to; nothing was forwarded."""
 
-    type = "webhook_not_supported"
+    type = "webhook_url_refused"
 
 
 class InvalidIdempotencyKey(BadRequest):
@@ -98,6 +98,12 @@ class MissingKey(AbhiError):
 
 class InvalidKey(AbhiError):
     status, type = 401, "invalid_key"
+
+
+class WebhookSignatureInvalid(AbhiError):
+    """A delivery to our own webhook URL that fal has not signed, or too long ago."""
+
+    status, type = 401, "webhook_signature_invalid"
 
 
 class KeyDisabled(AbhiError):
@@ -165,6 +171,12 @@ class IdempotencyInProgress(AbhiError):
     """The first request under the key runs longer than the second may wait for it."""
 
     status, type = 409, "idempotency_in_progress"
+
+
+class WebhookNotTaken(AbhiError):
+    """fal's delivery could not be taken in just now: fal repeats it."""
+
+    status, type = 503, "webhook_not_taken"
 
 
 # --- nothing the customer can do --------------------------------------------------------------------------------

@@ -42,9 +42,9 @@ class FalReply:
 
 
 class Fal:
-    """Requests to one of fal's hosts, with the operator's credential."""
+    """Requests to one of fal's hosts, with the operator's credential (None: to a page that needs none)."""
 
-    def __init__(self, base_url: str, credential: str, *, timeout_s: float) -> None:
+    def __init__(self, base_url: str, credential: str | None, *, timeout_s: float) -> None:
         self._base_url = base_url
         self._host = base_url.split("://", 1)[1].split("/", 1)[0]
         self._credential = credential
@@ -72,7 +72,9 @@ class Fal:
         request.method = method
         request.url = self._base_url + target
         # Prepared by hand: `requests` would re-quote the path and guess at headers, and the caller's bytes count.
-        request.headers = {"Host": self._host, "Authorization": f"Key {self._credential}"}  # type: ignore[assignment]
+        request.headers = {"Host": self._host}  # type: ignore[assignment]
+        if self._credential is not None:
+            request.headers["Authorization"] = f"Key {self._credential}"
         request.headers.update(headers)
         request.body = body
         if body is not None or method in ("POST", "PUT", "PATCH"):

@@ -187,7 +187,7 @@ class _Pool:
             self._idle.pop().close()
 
 
-def _verifying_context() -> Any:
+def verifying_context() -> Any:
     """A TLS context that trusts the system's authorities (or SSL_CERT_FILE) and certifi's, and verifies host names.
 
     gevent's own class by name: `create_default_context` makes one that blocks the event loop unless ssl was patched.
@@ -224,7 +224,7 @@ class LeanAdapter(BaseAdapter):
         scheme, host, port, target = _split(url)
         pool = self._pools.get((scheme, host, port))
         if pool is None:
-            context = _verifying_context() if scheme == "https" else None
+            context = verifying_context() if scheme == "https" else None
             pool = self._pools[scheme, host, port] = _Pool(host, port, context)
         connection, parser = _exchange(pool, method, _head(method, target, request.headers), request.body, deadline)
         return _response(request, connection, parser, deadline)

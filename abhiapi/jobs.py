@@ -39,6 +39,7 @@ _JOB = select(
     _c.created_at, _c.reason,
 ).join_from(tables.calls, tables.price_versions, _c.price_id == _p.price_id)  # fmt: skip
 _FIND = _JOB.where(_c.fal_request_id == bindparam("request_id"), _IS_QUEUED, _c.account_id == bindparam("account"))
+_BY_CALL = _JOB.where(_c.call_id == bindparam("call"), _IS_QUEUED)
 _TAKEN = select(_c.call_id).where(_c.fal_request_id == bindparam("request_id"), _IS_QUEUED)
 _SENT = _JOB.where(_IS_OPEN, _IS_SENT, _c.call_id > bindparam("after")).order_by(_c.call_id).limit(bindparam("most"))
 _PRICE = select(_p.unit, _p.unit_price_usd, _p.fal_unit_price_usd, _p.source).where(
@@ -96,6 +97,12 @@ def find(tx: Tx, account_id: int, request_id: str) -> Job | None:
     """An account's job by fal's id; None for an unknown one and for anybody else's."""
     row = tx.one(_FIND, request_id=request_id, account=account_id)
     return None if row is None else Job(calls.OpenCall(*row[:5]), *row[5:])
+
+
+def by_call(tx: Tx, call_id: int) -> Job | None:
+    """The job that a call became; None for a call that is none, or whose submit has not been answered."""
+    row = tx.one(_BY_CALL, call=call_id)
+    return None if row is None or row[5] is None else Job(calls.OpenCall(*row[:5]), *row[5:])
 
 
 def sent_after(tx: Tx, call_id: int, *, most: int) -> list[Job]:

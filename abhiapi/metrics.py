@@ -36,6 +36,13 @@ class Metrics:
             "abhiapi_uploads", "Uploads begun at fal, without hold or charge", registry=self.registry
         )
         self.swept = Counter("abhiapi_holds_swept", "Holds released by the sweep", registry=self.registry)
+        self.webhooks = Counter(
+            "abhiapi_webhooks", "Attempts to deliver webhooks to customers, by what came of them", ["outcome"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.webhooks_received = Counter(
+            "abhiapi_webhooks_received", "fal's deliveries to us, by our answer", ["status"], registry=self.registry
+        )
         self.fal_seconds = Histogram(
             "abhiapi_fal_seconds", "Time from sending a call to fal's whole answer", buckets=_SECONDS,
             registry=self.registry,

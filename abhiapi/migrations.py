@@ -36,7 +36,10 @@ def _of_file(name: str) -> Step:
 
 
 # Version 1 is the first schema there was.
-STEPS: tuple[Step, ...] = (_of_file("0002-idempotency-keys.sql"),)
+STEPS: tuple[Step, ...] = (
+    _of_file("0002-idempotency-keys.sql"),
+    _of_file("0003-webhooks.sql"),
+)
 VERSION = 1 + len(STEPS)
 
 

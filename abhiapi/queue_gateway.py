@@ -38,6 +38,7 @@ from abhiapi.replay import once
 from abhiapi.runtime import Runtime
 from abhiapi.settings import SLOW_CALLER_S
 from abhiapi.settlement import Seen
+from abhiapi.webhook_intake import want, wished
 
 log = logging.getLogger("abhiapi")
 
@@ -89,16 +90,15 @@ def _submit(
     """A job, once its caller is known and within limits. Raises what is answered in its place."""
     if request.method not in _SUBMITTING:
         raise MethodNotAllowed("a job is submitted with POST")
-    queuewire.refuse_webhook(request.query)
     model, _ = wire.endpoint_of(path)
     price = rt.catalogue(caller.own_price_id).price_of(model)
-    query = wire.forwarded_query(request.query)
+    query, webhook_url = wished(rt, call_id, wire.forwarded_query(request.query))
     headers = wire.request_headers(request.headers.items())
     body = request.read_body()
     held_micros = pricing.ceiling(price, body.call_input).amount_micros
     open_call = calls.OpenCall(call_id, caller.account_id, caller.key_id, model, held_micros)
     admission.hold(rt, caller, open_call, price, "queue", request.claim)
-    call = Call(open_call, price, body.call_input, dialect)
+    call = Call(open_call, price, body.call_input, dialect, webhook_url=webhook_url)
     try:
         reply = rt.fal_queue.send(request.method, path + ("?" + query if query else ""), headers, body.content)
         seen = settlement.read_whole(reply, SUBMIT_BYTES_MAX)
@@ -140,10 +140,12 @@ def _submitted(rt: Runtime, call: Call, seen: Seen, base_url: str) -> Reply:
 
 def _remember(rt: Runtime, call: Call, request_id: str, http_status: int) -> Micros:
     """Write down that fal accepted the job; the balance. Raises `ChargeNotRecorded` where that is not possible."""
-    call.is_ending = True
+    call.is_ending, now = True, rt.now_ms()
 
     def remember(tx: Tx) -> Micros:
         jobs.remember(tx, call.open, request_id, http_status=http_status)
+        if call.webhook_url is not None:
+            want(tx, call.open, call.webhook_url, now_ms=now)
         return Micros(jobs.outcome(tx, call.open.call_id)[1])
 
     try:

@@ -9,10 +9,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
-from urllib.parse import parse_qsl, unquote_to_bytes
+from urllib.parse import parse_qsl
 
 from abhiapi import jsonbytes, metering, wire
-from abhiapi.errors import ForbiddenPath, UnknownRoute, WebhookNotSupported
+from abhiapi.errors import ForbiddenPath, UnknownRoute
 
 QUEUE, SHORT = "/queue", "/fal-ai/queue/requests/"
 PREFIXES = (f"{QUEUE}/", SHORT)
@@ -65,13 +65,6 @@ def job_path(model: str, request_id: str, action: Action) -> str:
     segments = model.split("/")
     app = "/".join(segments[: 3 if segments[0] in _NAMESPACES else 2])
     return f"/{app}/requests/{request_id}{_SUFFIXES[action]}"
-
-
-def refuse_webhook(query: str) -> None:
-    """Raises `WebhookNotSupported`: fal would send the answer past this service, unmetered."""
-    for part in query.split("&"):
-        if unquote_to_bytes(part.split("=", 1)[0]).decode("latin-1").strip().lower() == "fal_webhook":
-            raise WebhookNotSupported("fal_webhook is not served here yet: poll the job, or stream its status")
 
 
 def wants_logs(query: str) -> bool:

@@ -7,20 +7,23 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import gevent
 from gevent.event import Event
 
-from abhiapi import keys, prices, pricing, processes
+from abhiapi import addresses, keys, prices, pricing, processes, signing
 from abhiapi.committer import GroupCommitter, Reader, in_thread
 from abhiapi.db import Database, Tx
 from abhiapi.errors import SettingsError
 from abhiapi.fal import Fal
+from abhiapi.fal_keys import FETCH_S, FalKeys
 from abhiapi.ids import CallIds, NowMs, call_text
 from abhiapi.limits import CallLimits
 from abhiapi.metrics import Metrics
 from abhiapi.migrations import open_database
+from abhiapi.outbound import Outbound
 from abhiapi.polls import Polls
 from abhiapi.settings import Settings
 
@@ -56,9 +59,13 @@ class Runtime:
     process_id: int
     lock: processes.ProcessLock
     rules: tuple[pricing.PriceRule, ...]
+    webhook_key: signing.WebhookKey
+    outbound: Outbound
+    fal_keys: FalKeys
     now_ms: NowMs = system_now_ms
     is_command: bool = False  # run by hand beside a server, which knows more of its own jobs (`settlement`)
     polls: Polls = field(default_factory=Polls)
+    webhooks_due: Event = field(default_factory=Event)  # set where a webhook may have become due
     call_ids: CallIds = field(default_factory=CallIds)
     _catalogue: pricing.Catalogue | None = None
     _catalogue_version: int = -1
@@ -110,6 +117,8 @@ class Runtime:
         self.fal_run.close()
         self.fal_queue.close()
         self.fal_rest.close()
+        self.fal_keys.close()
+        self.outbound.close()
 
 
 def start(
@@ -123,6 +132,7 @@ def start(
     if settings.fal_key is None:
         raise SettingsError(["FAL_KEY is not set: set it, or start with --sandbox to use the built-in simulator"])
     database = open_database(settings)
+    webhook_key = signing.load(settings.webhook_key, database.path)
     metrics = Metrics()
     writer = GroupCommitter(database, on_group=metrics.group_size.observe)
     lock = processes.ProcessLock(database.path)
@@ -145,6 +155,9 @@ def start(
         process_id=process_id,
         lock=lock,
         rules=rules if rules is not None else pricing.shipped_rules(),
+        webhook_key=webhook_key,
+        outbound=Outbound(partial(addresses.is_allowed, with_loopback=settings.webhook_allow_loopback)),
+        fal_keys=FalKeys(Fal(settings.fal_rest_url, None, timeout_s=FETCH_S), now_ms),
         now_ms=now_ms,
         is_command=is_command,
     )

@@ -107,6 +107,7 @@ def start_simulator() -> dict[str, str]:
         "ABHIAPI_FAL_QUEUE_URL": f"{url}/queue",
         "ABHIAPI_FAL_REST_URL": f"{url}/rest",
         "ABHIAPI_FAL_API_URL": f"{url}/v1",
+        "ABHIAPI_WEBHOOK_ALLOW_LOOPBACK": environment().get("ABHIAPI_WEBHOOK_ALLOW_LOOPBACK") or "1",
     }
 
 

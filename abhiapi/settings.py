@@ -6,6 +6,7 @@ fills in what the environment leaves out.
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -61,6 +62,27 @@ def _whole(least: int, most: int) -> Callable[[str], int]:
         return int(value)
 
     return parse
+
+
+def _flag(value: str) -> bool:
+    if value not in ("0", "1"):
+        raise ValueError("must be 0 or 1")
+    return value == "1"
+
+
+def _webhook_key(value: str) -> bytes | None:
+    return webhook_secret(value) if value else None
+
+
+def webhook_secret(text: str) -> bytes:
+    """32 bytes in base64. Raises ValueError, which does not show them."""
+    try:
+        secret = base64.b64decode(text.strip(), validate=True)
+    except ValueError:
+        secret = b""
+    if len(secret) != 32:
+        raise ValueError("must be 32 random bytes in base64, as `openssl rand -base64 32` prints")
+    return secret
 
 
 def _margin(value: str) -> Decimal:
@@ -182,6 +204,26 @@ class Settings:
         "pages that may call from a browser: origins such as `https://app.example.com`, with commas between, or `*`; "
         "unset: none",
         _origins,
+    )
+    webhook_key: bytes | None = _setting(
+        "ABHIAPI_WEBHOOK_KEY",
+        "",
+        "the private key that signs customers' webhooks, 32 bytes in base64; unset: a file beside the "
+        "database, made at the first start",
+        _webhook_key,
+        secret=True,
+    )
+    webhook_allow_loopback: bool = _setting(
+        "ABHIAPI_WEBHOOK_ALLOW_LOOPBACK",
+        "0",
+        "`1`: customers' webhooks may lead to this machine itself, for tests and development (`serve --sandbox`: on)",
+        _flag,
+    )
+    fal_user_id: str | None = _setting(
+        "ABHIAPI_FAL_USER_ID",
+        "",
+        "the operator's user id at fal; if set, fal's webhooks must name it",
+        _credential,
     )
     metrics_token: str | None = _setting(
         "ABHIAPI_METRICS_TOKEN",

@@ -265,6 +265,7 @@ def _end(rt: Runtime, job: Job, verdict: Verdict, *, http_status: int | None) ->
         was_first, outcome = rt.write(lambda tx: finish(tx, verdict), patience_s=SETTLE_PATIENCE_S)
     rt.polls.asked.pop(job.call.call_id, None)
     if was_first:
+        rt.webhooks_due.set()
         admission.count(rt, job.call, verdict, outcome)
         if verdict.end == "unknown":
             log.error("%s (%s): %s", call_text(job.call.call_id), job.call.model, verdict.reason)

@@ -13,6 +13,8 @@ from abhiapi.accounts import Account
 from abhiapi.keys import Key
 from abhiapi.pricing import Price, decimal_text
 from abhiapi.reports import CallRow, EntryRow, UsageRow
+from abhiapi.webhooks import WebhookRow
+from abhiapi.webhookwire import without_query
 
 Json = dict[str, Any]
 
@@ -132,4 +134,21 @@ def hold(row: CallRow, *, now_ms: int) -> Json:
         "credits": money.credits(row.held_micros),
         "age_s": max(0, (now_ms - row.created_at) // 1000),
         "reason": row.reason or {"held": "running", "sent": "queued at fal"}.get(row.state, row.state),
+    }
+
+
+def webhook(row: WebhookRow) -> Json:
+    """A webhook as the operator sees it; the query of the customer's URL may hold a secret."""
+    return {
+        "call_id": ids.call_text(row.call_id),
+        "account": row.account,
+        "url": without_query(row.url),
+        "state": row.state,
+        "attempts": row.attempts,
+        "next_attempt_at": ids.time_text(row.next_attempt_at) if row.state == "due" else None,
+        "last_status": row.last_status,
+        "last_error": row.last_error,
+        "created_at": ids.time_text(row.created_at),
+        "ended_at": ids.time_text(row.ended_at),
+        "resendable": row.state != "waiting" and bool(row.has_payload),
     }

@@ -61,3 +61,8 @@ idempotency_keys = _table(
     "idempotency_keys",
     "account_id:int! digest:blob! request_digest:blob call_id:int status:int? headers:text? body:blob? created_at:int",
 )
+webhooks = _table(
+    "webhooks",
+    "call_id:int! account_id:int url:text state:text attempts:int next_attempt_at:int? last_status:int?"
+    " last_error:text? created_at:int ended_at:int? payload:blob?",
+)

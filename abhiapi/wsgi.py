@@ -10,7 +10,7 @@ from time import monotonic
 
 import gevent
 
-from abhiapi import reconcile, runtime, sweep
+from abhiapi import reconcile, runtime, sweep, webhook_delivery
 from abhiapi.errors import AbhiError
 from abhiapi.settings import Settings
 from abhiapi.web import create_app
@@ -48,4 +48,5 @@ rt = runtime.start(Settings.from_env())
 sweep.run_once(rt)  # holds of a process that was killed end before the first call comes in
 gevent.spawn(sweep_for_ever, rt)
 gevent.spawn(reconcile_for_ever, rt)
+gevent.spawn(webhook_delivery.Deliveries(rt).run_for_ever)
 app = create_app(rt)

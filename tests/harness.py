@@ -217,8 +217,8 @@ class Server:
 
     @classmethod
     def start(cls, folder: Path, fal_url: str, **settings: str) -> Server:
-        """Start on a database in ``folder`` (kept if there is one) and wait until it answers."""
-        port = free_port()
+        """Start on a database in ``folder`` (kept if there is one) and wait until it answers. ``PORT`` may be given."""
+        port = int(settings.pop("PORT", 0)) or free_port()
         url = f"sqlite:///{folder / 'abhiapi.db'}"
         env = environment(
             **{

@@ -45,7 +45,7 @@ def test_doctor_finds_a_healthy_installation_well(cli: CommandLine, customer: Cu
     assert done.stderr == ""
     assert set(checked(cli)) == {
         *("variables", "settings", "fal credential", "open files", "disk"),
-        *("database", "writing", "prices", "holds", "ledger"),
+        *("database", "webhook key", "writing", "prices", "holds", "ledger"),
     }
     assert "1 open" in checked(cli)["holds"]["message"]
 

@@ -320,18 +320,6 @@ def test_nobody_gets_in_without_a_key(shared_server: Server) -> None:
         assert reply.json()["error"]["type"] == "missing_key"
 
 
-def test_a_webhook_is_refused_and_nothing_sent(shared_server: Server, books: Books, fal: Fal) -> None:
-    """Row 46 of B5: fal would send the output past the proxy."""
-    account, key = books.account(1000)
-    refused = Jobs(shared_server, key).submit(
-        MODEL + "?fal_webhook=https%3A%2F%2Fexample.com%2Fhook", {"prompt": "webhook-refused"}
-    )
-    assert refused.status_code == 400
-    assert refused.json()["error"]["type"] == "webhook_not_supported"
-    assert not fal.calls("webhook-refused")
-    assert not books.calls(account)
-
-
 def test_a_job_that_cannot_be_paid_never_reaches_fal(shared_server: Server, books: Books, fal: Fal) -> None:
     _, key = books.account(1)
     refused = Jobs(shared_server, key).submit(body={"prompt": "too-dear-a-job"})

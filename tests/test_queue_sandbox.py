@@ -10,6 +10,7 @@ import pytest
 import requests
 
 from tests.harness import until
+from tests.receiver import Receiver, is_signed
 from tests.sandbox_client import CAT, FLUX, TIMEOUT_S, Fal, fresh, simulator
 
 QUEUE = "/queue" + FLUX
@@ -143,3 +144,34 @@ def test_weather_ahead_is_for_one_kind_of_poll(sim: Fal) -> None:
     assert trouble.status_code == 503
     assert "x-fal-request-id" not in trouble.headers
     assert sim.get(job["response_url"]).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("weather", "count", "genuine"),
+    [("", 1, True), ("webhook=twice", 2, True), ("webhook=bad_signature", 1, False), ("webhook=stale", 1, False)],
+)
+def test_a_webhook_is_called_as_fal_does(sim: Fal, weather: str, count: int, genuine: bool) -> None:
+    with Receiver.started() as receiver:
+        job = submitted(sim, weather, params={"fal_webhook": receiver.url()})
+        for told in receiver.delivered(job["request_id"], count):
+            assert told.json["payload"] == sim.get(job["response_url"]).json()
+            assert {name: told.json[name] for name in ("request_id", "status")} == {
+                "request_id": job["request_id"], "status": "OK",
+            }  # fmt: skip
+            for path in ("/.well-known/jwks.json", "/rest/.well-known/jwks.json"):
+                assert is_signed(sim.get(sim.url + path).json(), told) is genuine
+
+
+def test_a_webhook_is_repeated_until_it_is_taken(sim: Fal) -> None:
+    with Receiver.started() as receiver:
+        receiver.statuses = [500, 500]
+        job = submitted(sim, "status=500", params={"fal_webhook": receiver.url()})
+        last = receiver.delivered(job["request_id"], 3)[-1]
+        assert (last.json["status"], last.json["error"]) == ("ERROR", "Invalid status code: 500")
+
+
+def test_the_simulator_calls_this_machine_only(sim: Fal) -> None:
+    with Receiver.started() as receiver:
+        completed(sim, submitted(sim, "webhook=none", params={"fal_webhook": receiver.url()}))
+        completed(sim, submitted(sim, params={"fal_webhook": "http://93.184.216.34/"}))
+        assert receiver.deliveries == []

@@ -335,6 +335,7 @@ def placed(
             jobs.remember(tx, call, request_id, http_status=200)
 
         books.write(write)
+    session.close()
     return account, rt.reader.read(lambda tx: jobs.sent_after(tx, 0, most=1000))
 
 

@@ -18,12 +18,13 @@ import requests
 
 from abhiapi.serving import parse_bind
 from tests.harness import OPERATOR_KEY, ROOT, Process, environment, free_port, until
+from tests.receiver import Receiver
 
 
 @contextmanager
-def demo(folder: Path, port: int) -> Iterator[Process]:
+def demo(folder: Path, port: int, **settings: str) -> Iterator[Process]:
     """`make run` without FAL_KEY, less the installing."""
-    env = environment(ABHIAPI_DATABASE_URL=f"sqlite:///{folder / 'sandbox.db'}")
+    env = environment(ABHIAPI_DATABASE_URL=f"sqlite:///{folder / 'sandbox.db'}", **settings)
     process = Process.start(
         ["cli.py", "serve", "--sandbox", "--demo", "--bind", f"127.0.0.1:{port}"], folder / "demo.log", env
     )
@@ -56,6 +57,25 @@ def test_the_printed_line_works_when_pasted(tmp_path: Path) -> None:
         "cost_usd": 0.02625,
         "balance_remaining": 4973.75,
     }
+
+
+@pytest.mark.parametrize("is_public", [False, True])
+def test_a_newcomers_webhook_comes_to_their_own_machine(tmp_path: Path, is_public: bool) -> None:
+    """Without any setting; and by the simulator's own delivery where it knows our address."""
+    port = free_port()
+    more = {"ABHIAPI_PUBLIC_URL": f"http://127.0.0.1:{port}", "ABHIAPI_RECONCILE_INTERVAL_S": "3600"}
+    with Receiver.started() as receiver, demo(tmp_path, port, **(more if is_public else {})) as process:
+        key = re.search(r"sk-fal-\w+", process.output())
+        assert key is not None
+        submitted = requests.post(
+            f"http://127.0.0.1:{port}/queue/fal-ai/flux/dev",
+            params={"fal_webhook": receiver.url()},
+            json={"prompt": "a cat"},
+            headers={"x-api-key": key[0]},
+            timeout=30,
+        )
+        (told,) = receiver.delivered(submitted.json()["request_id"])
+        assert told.json["_billing"]["credits_used"] == 26.25
 
 
 def test_a_second_start_prints_a_line_that_works_and_gives_no_more_credit(tmp_path: Path) -> None:

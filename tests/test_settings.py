@@ -33,6 +33,9 @@ BAD = {
     "ABHIAPI_TRUSTED_PROXIES": "11",
     "ABHIAPI_METRICS_TOKEN": "naïve",
     "ABHIAPI_CORS_ORIGINS": "https://app.example.com/",
+    "ABHIAPI_WEBHOOK_KEY": "too short",
+    "ABHIAPI_WEBHOOK_ALLOW_LOOPBACK": "yes",
+    "ABHIAPI_FAL_USER_ID": "two words",
 }
 
 
@@ -67,9 +70,10 @@ def test_secrets_are_neither_shown_nor_said() -> None:
     settings = Settings.from_env({"FAL_KEY": "id:top-secret", "ABHIAPI_METRICS_TOKEN": "hush-hush"})
     assert "top-secret" not in repr(settings)
     assert "hush-hush" not in repr(settings)
-    with pytest.raises(SettingsError) as refusal:
-        Settings.from_env({"FAL_KEY": "top secret"})
-    assert "top secret" not in str(refusal.value)
+    for name in ("FAL_KEY", "ABHIAPI_WEBHOOK_KEY"):
+        with pytest.raises(SettingsError) as refusal:
+            Settings.from_env({name: "top secret"})
+        assert "top secret" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "abhiapi.db", "postgresql://localhost/ledger"])

@@ -23,6 +23,7 @@ from abhiapi.commands.prices import estimate, prices
 from abhiapi.commands.reconcile import reconcile
 from abhiapi.commands.serve import sandbox, serve
 from abhiapi.commands.usage import usage
+from abhiapi.commands.webhooks import webhooks
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -49,7 +50,7 @@ def main() -> None:
 
 
 for _command in (
-    *(serve, accounts, keys, topup, balance, usage, calls, holds, ledger, refund, adjust),
+    *(serve, accounts, keys, topup, balance, usage, calls, webhooks, holds, ledger, refund, adjust),
     *(prices, estimate, reconcile, doctor, backup, restore, sandbox),
 ):
     main.add_command(_command)

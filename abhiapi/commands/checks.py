@@ -17,7 +17,7 @@ from typing import Literal
 
 from dotenv import dotenv_values
 
-from abhiapi import audit, prices, pricing, reports, serving
+from abhiapi import audit, prices, pricing, reports, serving, signing
 from abhiapi.db import APPLICATION_ID, CLI_PATIENCE_S, Database, Tx
 from abhiapi.errors import AbhiError, DatabaseUnavailable, SettingsError
 from abhiapi.migrations import VERSION
@@ -62,6 +62,7 @@ def examine(now_ms: int) -> Iterator[Check]:
     yield version
     if version.status != "ok":
         return
+    yield _tried("webhook key", lambda: _webhook_key(settings, database.path))
     yield _tried("writing", lambda: _writable(database))
     yield _tried("prices", lambda: _prices(settings, database.read(prices.own_prices)[1]))
     yield _tried("holds", lambda: _holds(database.read(reports.open_holds), now_ms))
@@ -169,6 +170,19 @@ def _writable(database: Database) -> Check:
     if not os.access(database.path, os.W_OK):
         return Check("writing", "fail", f"{database.path} may not be written: give this user the right")
     return Check("writing", "ok", "the database takes writes")
+
+
+def _webhook_key(settings: Settings, path: Path) -> Check:
+    file = signing.key_file(path)
+    if settings.webhook_key is None and not file.exists():
+        return Check("webhook key", "ok", f"{file} is made at the first start")
+    try:
+        signing.load(settings.webhook_key, path)
+    except SettingsError as error:
+        return Check("webhook key", "fail", error.message)
+    return Check(
+        "webhook key", "ok", "ABHIAPI_WEBHOOK_KEY" if settings.webhook_key else f"{file}: keep it with backups"
+    )
 
 
 def _prices(settings: Settings, own: list[pricing.OwnPrice]) -> Check:

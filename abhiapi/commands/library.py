@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from abhiapi import reports as reports
     from abhiapi import settings as settings
     from abhiapi import shapes as shapes
+    from abhiapi import webhooks as webhooks
 else:
 
     def __getattr__(name: str) -> Any:

@@ -21,7 +21,19 @@ import gevent
 
 from abhiapi.metering import parse_units
 from abhiapi.pricing import PriceRule, decimal_text
-from abhiapi.sandbox import answers, control, files, queue, replies, streams, transport, uploads, validation, weather
+from abhiapi.sandbox import (
+    answers,
+    control,
+    files,
+    queue,
+    replies,
+    streams,
+    transport,
+    uploads,
+    validation,
+    weather,
+    webhooks,
+)
 from abhiapi.sandbox.models import model_of
 from abhiapi.sandbox.records import BODY_TEXT_MAX_BYTES, Bill, CallLog, Forecast, Gates, Received
 from abhiapi.sandbox.replies import Reply
@@ -89,13 +101,16 @@ class Sandbox:
         self.bill = Bill()
         self.forecast = Forecast()
         self.gates = Gates()
-        self.queue = queue.Queue(self.gates, now)
+        self.webhooks = webhooks.Webhooks()
+        self.queue = queue.Queue(self.gates, now, self.webhooks)
         self.uploads = uploads.Uploads()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
         if path in ("/", "/_sandbox") or path.startswith("/_sandbox/"):
             return _respond(control.answer(self, environ), start_response)
+        if path in webhooks.PATHS:
+            return _respond(replies.of_json(200, self.webhooks.jwks()), start_response)
         if path.startswith(uploads.FILES):
             return _respond(self.uploads.served(environ), start_response)
         if path.startswith(uploads.ASKED):
@@ -161,6 +176,7 @@ class Sandbox:
             return self._adorned(call, _outcome(call, wanted, rule), wanted)
 
         job = queue.Job(request_id, call.endpoint_id, call.host, wanted, reply, completed)
+        job.webhook = dict(parse_qsl(call.received.query)).get("fal_webhook")
         return self.queue.submit(job).with_headers(("x-fal-request-id", request_id), *_COMMON)
 
     def _call(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:

@@ -150,9 +150,11 @@ What it imitates
     Which of fal's models stream is not published, nor whether their streams say units: here the head does
   uploads under /rest/storage/upload, whole and in parts, to signed addresses under /uploads, which browsers may use;
     a file of at most 256 MiB, the oldest making room for the newest; its URL does as a model's input
+  fal_webhook on a submit: a signed POST when the job completes, to loopback addresses only, repeated four times
+    within seconds; the key's public half is at /.well-known/jwks.json and /rest/.well-known/jwks.json
 
 What it does not imitate
-  webhooks (a fal_webhook is not called), WebSockets, the platform API; CORS
+  WebSockets, the platform API; CORS
   anything that depends on what a picture or prompt shows: filters, refusals, the size of a remote image
     (which counts as 1024 x 1024, unless its URL is one of this simulator's), the real time a model takes
   parameters beyond those above; fal's exact rounding of megapixels, which fal does not publish
@@ -186,6 +188,7 @@ Weather: how the next answers go wrong
                      is the submit's. Ahead of time, a match of queue/status, queue/result or queue/cancel, with
                      /REQUEST_ID for one job's, is for the next such call:
                      status, body, delay_s, connection; one of storage/upload/initiate likewise: status, body
+  webhook            none, bad_signature, stale (signed an hour ago), twice
   events             of a stream; event_delay_s: seconds between them; event_gate: event n + 1 waits until the name
                      and "-n" is released; cut_after: the connection ends after so many; pings=1: a comment before
                      each, with this machine's monotonic clock in nanoseconds; split=1: each in two chunks, cut inside a

@@ -22,6 +22,7 @@ from abhiapi.sandbox import replies
 from abhiapi.sandbox.records import Gates
 from abhiapi.sandbox.replies import Reply
 from abhiapi.sandbox.weather import Weather
+from abhiapi.sandbox.webhooks import Webhooks
 
 if TYPE_CHECKING:
     from wsgiref.types import WSGIEnvironment
@@ -66,6 +67,7 @@ class Job:
     inference_s: float = 0.0
     logs: list[dict[str, str]] = field(default_factory=list)
     stop: Event = field(default_factory=Event)
+    webhook: str | None = None
 
     @property
     def app(self) -> str:
@@ -73,11 +75,16 @@ class Job:
         segments = self.endpoint_id.split("/")
         return "/".join(segments[: 3 if segments[0] in _NAMESPACES else 2])
 
+    def answer(self) -> Reply:
+        """What the result's address answers, once the job is complete."""
+        return _cancelled(self) if self.cancelled else self.reply()
+
 
 class Queue:
     """The jobs, and how each goes through its states."""
 
-    def __init__(self, gates: Gates, now: Callable[[], datetime]) -> None:
+    def __init__(self, gates: Gates, now: Callable[[], datetime], webhooks: Webhooks) -> None:
+        self._webhooks = webhooks
         self.jobs: dict[str, Job] = {}
         self._gates = gates
         self._now = now
@@ -110,7 +117,7 @@ class Queue:
             return self._cancel(job)
         if job.status != "COMPLETED":
             return replies.of_json(400, {"detail": "Request is still in progress"})
-        return _cancelled(job) if job.cancelled else job.reply()
+        return job.answer()
 
     def _live(self, job: Job) -> None:
         """A job's life: waits its turn, runs, completes."""
@@ -127,6 +134,7 @@ class Queue:
             job.inference_s = monotonic() - job.started
             self._log(job, "done")
         job.status, job.completed_at = "COMPLETED", self._now()
+        self._webhooks.deliver(job)
 
     def _wait(self, job: Job, seconds: float, gate: str | None) -> None:
         deadline = monotonic() + GATE_MAX_S

@@ -7,7 +7,7 @@ they do not know, because a misspelt weather that is quietly ignored makes a tes
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any, Literal
@@ -22,6 +22,7 @@ BODY_KINDS: tuple[BodyKind, ...] = (
 )  # fmt: skip
 DROPS = ("before_headers", "in_headers", "in_body")
 LENGTHS = ("short", "long")
+WEBHOOKS = ("none", "bad_signature", "stale", "twice")
 
 DELAY_MAX_S = Decimal(600)
 SIZE_MIN_BYTES = 64
@@ -58,6 +59,7 @@ class Weather:
     run_s: Decimal = Decimal("0.03")
     queue_until: str | None = None
     ignores_cancel: bool = False
+    webhook: str | None = None
     poll_delay_s: Decimal = Decimal(0)
     events: int = 4  # of a stream, as are all below
     event_delay_s: Decimal = Decimal(0)
@@ -197,7 +199,7 @@ def _one_of(value: Any, known: tuple[str, ...]) -> str:
     return str(value)
 
 
-_PARSERS = {
+_PARSERS: dict[str, Callable[[Any], Any]] = {
     "delay_s": _seconds,
     "hold_until": _name,
     "status": lambda value: _whole(value, 200, 599),
@@ -227,4 +229,5 @@ _PARSERS = {
     "pings": _flag,
     "split": _flag,
     "unended": _flag,
+    "webhook": lambda value: _one_of(value, WEBHOOKS),
 }

@@ -10,10 +10,20 @@ from typing import Any
 from flask import Blueprint, Response, jsonify, request
 from flask_limiter import Limiter
 
-from abhiapi import accounts, ids, jsonbytes, pricing, processes, reports, shapes
-from abhiapi.errors import BadRequest, BodyTooLarge, DatabaseUnavailable, MalformedJson, NotFound, UnknownRoute
+from abhiapi import accounts, ids, jsonbytes, pricing, processes, reports, shapes, webhook_intake
+from abhiapi.errors import (
+    AbhiError,
+    BadRequest,
+    BodyIncomplete,
+    BodyTooLarge,
+    DatabaseUnavailable,
+    MalformedJson,
+    NotFound,
+    UnknownRoute,
+)
 from abhiapi.money import credits
 from abhiapi.runtime import HEALTH_PATIENCE_S
+from abhiapi.settings import STALL_S
 from abhiapi.web.caller import caller, runtime
 
 PAGE_MAX, PAGE_DEFAULT = 200, 50
@@ -39,6 +49,9 @@ def blueprint(limiter: Limiter, limit: str) -> Blueprint:
         ("POST", "/v1/estimate", estimate),
     ):
         routes.add_url_rule(rule, view_func=limiter.limit(limit)(view), methods=[method])
+    # fal's deliveries are not limited: thousands of jobs may end at once, and each has a URL that nobody can guess.
+    routes.post("/v1/webhooks/fal/<call_id>/<token>")(take_webhook)
+    routes.get("/.well-known/jwks.json")(jwks)
     return routes
 
 
@@ -109,6 +122,36 @@ def show_call(call_id: str) -> Response:
     if row is None or row.account != me.account:
         raise NotFound("no call of this account has that id")
     return jsonify(shapes.call(row))
+
+
+def take_webhook(call_id: str, token: str) -> Response:
+    """A delivery of fal's: 200 once nothing of it can be lost."""
+    rt = runtime()
+    request.max_content_length = webhook_intake.BODY_BYTES_MAX
+    sock = request.environ.get("gunicorn.socket")
+    if sock is not None:
+        sock.settimeout(STALL_S)
+    headers = {name.lower(): value for name, value in request.headers.items()}
+    status = 500
+    try:
+        webhook_intake.receive(rt, call_id, token, headers, request.stream.read)
+        status = 200
+    except AbhiError as error:
+        status = error.status
+        raise
+    except OSError as error:
+        status = BodyIncomplete.status
+        raise BodyIncomplete("the delivery broke off") from error
+    finally:
+        rt.metrics.webhooks_received.labels(str(status)).inc()
+    return jsonify({"status": "ok"})
+
+
+def jwks() -> Response:
+    """The public key of what we deliver."""
+    response = jsonify(runtime().webhook_key.jwks())
+    response.headers["Cache-Control"] = "public, max-age=3600"
+    return response
 
 
 def usage() -> Response:

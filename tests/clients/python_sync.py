@@ -50,7 +50,7 @@ for name, call in {
     "poor_run": lambda: poor.run(MODEL, arguments=CAT),
     "poor_submit": lambda: poor.submit(MODEL, arguments=CAT),
     "unknown_job": lambda: fal_client.status(MODEL, "019da0f9-f0d6-7eb0-9e16-d7bcfd663a72"),
-    "webhook": lambda: fal_client.submit(MODEL, arguments=CAT, webhook_url="https://example.com/hook"),
+    "webhook": lambda: fal_client.submit(MODEL, arguments=CAT, webhook_url="https://10.0.0.1/hook"),
 }.items():
     try:
         call()
