@@ -41,7 +41,7 @@ def _admitted(rt: Runtime, caller: keys.Caller, call_id: int, request: Request, 
     """The call itself, once its caller is known and within limits. Raises what is answered in its place."""
     admission.refuse_target(request)
     model, streamed = wire.endpoint_of(request.path)
-    price = rt.catalogue(caller.own_price_id).price_of(model)
+    price = rt.catalogue(caller.price_version).price_of(model)
     query = wire.forwarded_query(request.query)
     target = request.path + ("?" + query if query else "")
     headers = wire.request_headers(request.headers.items())

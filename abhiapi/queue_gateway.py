@@ -91,7 +91,7 @@ def _submit(
         raise MethodNotAllowed("a job is submitted with POST")
     queuewire.refuse_webhook(request.query)
     model, _ = wire.endpoint_of(path)
-    price = rt.catalogue(caller.own_price_id).price_of(model)
+    price = rt.catalogue(caller.price_version).price_of(model)
     query = wire.forwarded_query(request.query)
     headers = wire.request_headers(request.headers.items())
     body = request.read_body()

@@ -226,6 +226,8 @@ class Server:
                 "ABHIAPI_DATABASE_URL": url,
                 "ABHIAPI_FAL_RUN_URL": fal_url,
                 "ABHIAPI_FAL_QUEUE_URL": f"{fal_url}/queue",
+                "ABHIAPI_FAL_API_URL": f"{fal_url}/v1",
+                "ABHIAPI_PRICES_SYNC_S": "0",
                 "ABHIAPI_RATE_PER_MINUTE": "100000",
                 "ABHIAPI_CONCURRENCY": "1000",
             }

@@ -16,10 +16,19 @@ PACKAGE = ROOT / "abhiapi"
 
 # From the ground up; a module may import those of its own floor and below. A package stands for all in it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "money", "ids", "estimates", "pricing", "metering", "jsonbytes", "encodings", "wire", "queuewire"),
-    ("settings", "tables", "db", "migrations", "committer", "http_parser", "http_adapter", "fal", "metrics", "polls"),
-    ("ledger", "calls", "jobs", "keys", "accounts", "prices", "processes", "reports", "audit", "shapes"),
-    ("limits", "runtime", "admission", "gateway", "settlement", "queue_gateway", "reconcile", "sweep"),
+    (
+        *("errors", "money", "ids", "estimates", "price_terms", "price_file", "price_sync", "pricing", "metering"),
+        *("jsonbytes", "encodings", "wire", "queuewire"),
+    ),
+    (
+        *("settings", "tables", "db", "migrations", "committer", "http_parser", "http_adapter", "fal", "platform_api"),
+        *("metrics", "polls"),
+    ),
+    (
+        *("ledger", "calls", "jobs", "keys", "accounts", "prices", "fal_prices", "costs", "timers", "processes"),
+        *("reports", "audit", "shapes"),
+    ),
+    ("limits", "runtime", "admission", "gateway", "settlement", "queue_gateway", "reconcile", "sweep", "sync"),
     ("web", "commands", "serving", "wsgi", "gunicorn_config", "worker", "sandbox"),
 )
 FACTS, NEIGHBOURS, ROWS, PRODUCT, SHELLS = FLOORS

@@ -56,14 +56,14 @@ def examine(now_ms: int) -> Iterator[Check]:
     yield _disk(database.path)
     if not database.exists():
         yield from _absent(database.path)
-        yield _tried("prices", lambda: _prices(settings, []))
+        yield _tried("prices", lambda: _prices(_shipped(settings), 0))
         return
     version = _tried("database", lambda: _version(database))
     yield version
     if version.status != "ok":
         return
     yield _tried("writing", lambda: _writable(database))
-    yield _tried("prices", lambda: _prices(settings, database.read(prices.own_prices)[1]))
+    yield _tried("prices", lambda: database.read(lambda tx: _current(tx, settings, now_ms)))
     yield _tried("holds", lambda: _holds(database.read(reports.open_holds), now_ms))
     yield _tried("ledger", lambda: database.read(_ledger))
 
@@ -171,15 +171,29 @@ def _writable(database: Database) -> Check:
     return Check("writing", "ok", "the database takes writes")
 
 
-def _prices(settings: Settings, own: list[pricing.OwnPrice]) -> Check:
-    catalogue = pricing.Catalogue(pricing.shipped_rules(), own, settings.margin)
+def _shipped(settings: Settings) -> pricing.Catalogue:
+    return pricing.Catalogue(pricing.shipped_rules(), (), settings.margin)
+
+
+def _current(tx: Tx, settings: Settings, now_ms: int) -> Check:
+    catalogue = prices.catalogue(
+        tx,
+        pricing.shipped_rules(),
+        margin=settings.margin,
+        default_hold_micros=settings.default_hold_micros,
+        now_ms=now_ms,
+    )
+    return _prices(catalogue, len(prices.own_prices(tx)))
+
+
+def _prices(catalogue: pricing.Catalogue, own: int) -> Check:
     if catalogue.unpriceable:
         lost = ", ".join(catalogue.unpriceable)
         return Check("prices", "fail", f"a margin over a price of fal's that is not known: {lost} (set --unit-price)")
     free = [price.model for price in catalogue if price.unit_price_usd == 0]
     if free:
         return Check("prices", "warn", f"free of charge: {', '.join(free)} (`abhiapi prices set` changes that)")
-    return Check("prices", "ok", f"{len(catalogue)} models, {len(own)} of them with your own price")
+    return Check("prices", "ok", f"{len(catalogue)} models, {own} own prices")
 
 
 def _holds(rows: list[reports.CallRow], now_ms: int) -> Check:

@@ -196,5 +196,5 @@ def _parse_hold(text: str) -> Micros:
 
 def _own_hold(tx: Tx, model: str) -> Micros | None:
     """The fixed hold that the operator set for a model before."""
-    own: dict[str, OwnPrice] = {price.model: price for price in library.prices.own_prices(tx)[1]}
+    own: dict[str, OwnPrice] = {price.model: price for price in library.prices.own_prices(tx)}
     return own[model].hold_micros if model in own else None

@@ -50,8 +50,13 @@ def read(op: Callable[[Tx], T]) -> T:
 
 def catalogue(tx: Tx) -> Catalogue:
     """The prices in force just now."""
-    return library.pricing.Catalogue(
-        library.pricing.shipped_rules(), library.prices.own_prices(tx)[1], settings().margin
+    now = settings()
+    return library.prices.catalogue(
+        tx,
+        library.pricing.shipped_rules(),
+        margin=now.margin,
+        default_hold_micros=now.default_hold_micros,
+        now_ms=now_ms(),
     )
 
 
