@@ -17,7 +17,14 @@ from typing import Any, Protocol
 
 from abhiapi import calls, jsonbytes, keys, prices, pricing, wire
 from abhiapi.db import Tx
-from abhiapi.errors import AbhiError, ChargeNotRecorded, DatabaseUnavailable, UnknownRoute, UpstreamError
+from abhiapi.errors import (
+    AbhiError,
+    ChargeNotRecorded,
+    DatabaseUnavailable,
+    InsufficientCredits,
+    UnknownRoute,
+    UpstreamError,
+)
 from abhiapi.ids import call_text
 from abhiapi.metering import Verdict
 from abhiapi.money import Micros, credits_text
@@ -132,10 +139,12 @@ def refuse_target(request: Request) -> None:
         raise UnknownRoute("x-fal-target-url is not served here: call /{any-fal-path} on this host")
 
 
-def hold(rt: Runtime, caller: keys.Caller, call: calls.OpenCall, price: pricing.Price, mode: calls.Mode) -> int:
+def hold(
+    rt: Runtime, caller: keys.Caller, call: calls.OpenCall, price: pricing.Price, mode: calls.Mode, *, basis: str
+) -> int:
     """Set the credit aside and write the call, durably. Raises InsufficientCredits, DatabaseUnavailable (503).
 
-    Gives the number of the price as recorded.
+    Gives the number of the price as recorded. ``basis``: how the hold came about, for a caller who cannot pay it.
     """
     now = rt.now_ms()
     identity = price.identity()
@@ -158,7 +167,10 @@ def hold(rt: Runtime, caller: keys.Caller, call: calls.OpenCall, price: pricing.
             keys.touch(tx, call.key_id, now)
         return price_id
 
-    price_id = rt.price_ids[identity] = rt.write(admit)
+    try:
+        price_id = rt.price_ids[identity] = rt.write(admit)
+    except InsufficientCredits as error:
+        raise InsufficientCredits(f"{error.message} (held for this call: {basis})") from error
     rt.working_on.add(call.call_id)
     return price_id
 

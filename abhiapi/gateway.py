@@ -46,9 +46,9 @@ def _admitted(rt: Runtime, caller: keys.Caller, call_id: int, request: Request, 
     target = request.path + ("?" + query if query else "")
     headers = wire.request_headers(request.headers.items())
     body = request.read_body()
-    held_micros = pricing.ceiling(price, body.call_input).amount_micros
-    open_call = calls.OpenCall(call_id, caller.account_id, caller.key_id, model, held_micros)
-    admission.hold(rt, caller, open_call, price, "stream" if streamed else "sync")
+    ceiling = pricing.ceiling(price, body.call_input)
+    open_call = calls.OpenCall(call_id, caller.account_id, caller.key_id, model, ceiling.amount_micros)
+    admission.hold(rt, caller, open_call, price, "stream" if streamed else "sync", basis=ceiling.basis)
     call = Call(open_call, price, body.call_input, dialect)
     try:
         reply = rt.fal_run.send(request.method, target, headers, body.content)

@@ -43,7 +43,7 @@ class PlatformApi:
         self, base_url: str, credential: str, *, sleep: Callable[[int], object] = gevent.sleep, tries: int = TRIES
     ) -> None:
         self._fal = Fal(base_url, credential, timeout_s=ANSWER_TIMEOUT_S)
-        self._hidden = wire.worth_hiding(credential)
+        self._hidden = [part for part in credential.split(":") if wire.worth_hiding(part)]
         self._sleep = sleep
         self._tries = tries
         self._unknown = 0
@@ -157,7 +157,7 @@ class PlatformApi:
         answer = jsonbytes.parse_object(body) or {}
         error = answer.get("error")
         said = error.get("message") if isinstance(error, dict) else answer.get("detail")
-        if not isinstance(said, str) or not said or (self._hidden is not None and self._hidden in said):
+        if not isinstance(said, str) or not said or any(part in said for part in self._hidden):
             return ""
         return f" ({' '.join(said.split())[:_TEXT_MAX]})"
 

@@ -62,6 +62,7 @@ __all__ = [
     "decimal_text",
     "load_rules",
     "parse_price",
+    "plain",
     "shipped_rules",
     "shown",
     "units_from_answer",
@@ -177,6 +178,11 @@ def replayed_usd(fal_cost_nano_usd: int, margin: Decimal) -> Decimal:
     """What usage of this cost at fal would have been sold for under a margin, exactly."""
     with localcontext(EXACT):
         return Decimal(fal_cost_nano_usd).scaleb(-9) * (1 + margin)
+
+
+def plain(value: Decimal) -> Decimal:
+    """The same number without an exponent or trailing zeros, as people read it."""
+    return Decimal(decimal_text(value))
 
 
 def _guessed(guess: Ceiling, costs: Costs) -> Ceiling:

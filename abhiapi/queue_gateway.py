@@ -95,9 +95,9 @@ def _submit(
     query = wire.forwarded_query(request.query)
     headers = wire.request_headers(request.headers.items())
     body = request.read_body()
-    held_micros = pricing.ceiling(price, body.call_input).amount_micros
-    open_call = calls.OpenCall(call_id, caller.account_id, caller.key_id, model, held_micros)
-    admission.hold(rt, caller, open_call, price, "queue")
+    ceiling = pricing.ceiling(price, body.call_input)
+    open_call = calls.OpenCall(call_id, caller.account_id, caller.key_id, model, ceiling.amount_micros)
+    admission.hold(rt, caller, open_call, price, "queue", basis=ceiling.basis)
     call = Call(open_call, price, body.call_input, dialect)
     try:
         reply = rt.fal_queue.send(request.method, path + ("?" + query if query else ""), headers, body.content)

@@ -13,7 +13,7 @@ from abhiapi.db import Tx
 
 _t = tables.timers.c
 _FIRST = insert(tables.timers).values(
-    name=bindparam("of_name"), due_at=bindparam("due"), claimed_until=bindparam("until"), done_at=None
+    name=bindparam("of_name"), due_at=bindparam("due"), claimed_until=bindparam("until")
 )
 _FIND = select(_t.done_at).where(_t.name == bindparam("of_name"))
 _CLAIM = (

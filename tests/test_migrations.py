@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -13,8 +14,8 @@ import pytest
 from abhiapi import audit
 from abhiapi.db import Database
 from abhiapi.errors import SchemaError
-from abhiapi.migrations import VERSION, migrate, statements
-from tests.harness import Clock
+from abhiapi.migrations import STEPS, VERSION, migrate, statements
+from tests.harness import ROOT, Clock
 from tests.rows import Customer
 
 
@@ -42,6 +43,13 @@ def dump(path: Path) -> list[str]:
         return [line for line in connection.iterdump() if line.startswith("INSERT")]
 
 
+def shape_of(path: Path) -> dict[str, str]:
+    """Everything that a database is made of, without comments and layout."""
+    with closing(sqlite3.connect(path)) as connection:
+        rows = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+    return {name: re.sub(r"\s+", "", re.sub(r"--[^\n]*", "", sql)) for name, sql in rows}
+
+
 def new_database(folder: Path) -> Database:
     return Database(f"sqlite:///{folder / 'deeper' / 'abhiapi.db'}")
 
@@ -57,11 +65,11 @@ def test_an_upgrade_keeps_every_row_and_a_copy_of_the_old_file(database: Databas
     customer = Customer.new(database, clock)
     customer.settle()
     before = dump(database.path)
-    said = migrate(database, steps=(add_colour, add_shapes))
-    copy = database.path.with_name("abhiapi.db.v1.bak")
+    said = migrate(database, steps=(*STEPS, add_colour, add_shapes))
+    copy = database.path.with_name(f"abhiapi.db.v{VERSION}.bak")
     assert said is not None
     assert str(copy) in said
-    assert version_of(database.path) == 3
+    assert version_of(database.path) == VERSION + 2
     assert dump(copy) == before
     assert database.read(audit.verify).ok
     with closing(sqlite3.connect(database.path)) as connection:
@@ -69,31 +77,57 @@ def test_an_upgrade_keeps_every_row_and_a_copy_of_the_old_file(database: Databas
         assert connection.execute("SELECT colour FROM keys").fetchone() == (None,)
 
 
+def test_a_database_of_version_1_becomes_one_of_this_version(tmp_path: Path) -> None:
+    """Tables, columns, indexes and triggers are those of a new database; what was there is kept."""
+    old, new = Database(f"sqlite:///{tmp_path / 'old.db'}"), Database(f"sqlite:///{tmp_path / 'new.db'}")
+    migrate(old, steps=(), schema=(ROOT / "tests" / "schema_v1.sql").read_text())
+    with closing(sqlite3.connect(old.path)) as connection:
+        connection.execute("INSERT INTO accounts (name, created_at) VALUES ('ann', 1)")
+        connection.commit()
+    migrate(old)
+    migrate(new)
+    assert shape_of(old.path) == shape_of(new.path)
+    with closing(sqlite3.connect(old.path)) as connection:
+        assert connection.execute("SELECT name FROM accounts").fetchall() == [("ann",)]
+
+
 def test_an_upgrade_never_overwrites_an_earlier_copy(database: Database) -> None:
-    database.path.with_name("abhiapi.db.v1.bak").write_text("precious")
-    migrate(database, steps=(add_colour,))
-    assert database.path.with_name("abhiapi.db.v1.bak").read_text() == "precious"
-    assert version_of(database.path.with_name("abhiapi.db.v1.1.bak")) == 1
+    database.path.with_name(f"abhiapi.db.v{VERSION}.bak").write_text("precious")
+    migrate(
+        database,
+        steps=(
+            *STEPS,
+            add_colour,
+        ),
+    )
+    assert database.path.with_name(f"abhiapi.db.v{VERSION}.bak").read_text() == "precious"
+    assert version_of(database.path.with_name(f"abhiapi.db.v{VERSION}.1.bak")) == VERSION
 
 
 def test_a_failing_step_leaves_everything_before_it(database: Database, clock: Clock) -> None:
     customer = Customer.new(database, clock)
     customer.settle()
     with pytest.raises(RuntimeError, match="the power went"):
-        migrate(database, steps=(add_colour, fail_half_way))
-    assert version_of(database.path) == 2
+        migrate(database, steps=(*STEPS, add_colour, fail_half_way))
+    assert version_of(database.path) == VERSION + 1
     with closing(sqlite3.connect(database.path)) as connection:
         assert connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'half'").fetchone() is None
-    migrate(database, steps=(add_colour, add_shapes))  # mended, it goes on from where it stood
-    assert version_of(database.path) == 3
+    migrate(database, steps=(*STEPS, add_colour, add_shapes))  # mended, it goes on from where it stood
+    assert version_of(database.path) == VERSION + 2
     assert database.read(audit.verify).ok
 
 
 def test_a_failing_step_leaves_no_copy_of_what_is_still_there(database: Database) -> None:
     """A server that is started again and again would fill the disk with them."""
     with pytest.raises(RuntimeError):
-        migrate(database, steps=(fail_half_way,))
-    assert version_of(database.path) == 1
+        migrate(
+            database,
+            steps=(
+                *STEPS,
+                fail_half_way,
+            ),
+        )
+    assert version_of(database.path) == VERSION
     assert not list(database.path.parent.glob("*.bak"))
 
 
@@ -115,7 +149,13 @@ def test_a_step_may_make_a_guarded_table_anew(database: Database, clock: Clock) 
     customer = Customer.new(database, clock)
     customer.settle()
     before = dump(database.path)
-    migrate(database, steps=(make_calls_anew,))
+    migrate(
+        database,
+        steps=(
+            *STEPS,
+            make_calls_anew,
+        ),
+    )
     assert sorted(dump(database.path)) == sorted(before)
     assert database.read(audit.verify).ok
     with closing(sqlite3.connect(database.path)) as connection:
@@ -132,19 +172,31 @@ def lose_the_calls(connection: sqlite3.Connection) -> None:
 def test_a_step_that_loses_rows_others_name_is_not_done(database: Database, clock: Clock) -> None:
     Customer.new(database, clock).settle()
     with pytest.raises(SchemaError, match="would lose references"):
-        migrate(database, steps=(lose_the_calls,))
-    assert version_of(database.path) == 1
+        migrate(
+            database,
+            steps=(
+                *STEPS,
+                lose_the_calls,
+            ),
+        )
+    assert version_of(database.path) == VERSION
     assert database.read(audit.verify).ok
 
 
 def test_a_copy_is_readable_by_no_more_people_than_the_database(database: Database) -> None:
     database.path.chmod(0o600)
-    migrate(database, steps=(add_colour,))
-    assert database.path.with_name("abhiapi.db.v1.bak").stat().st_mode & 0o777 == 0o600
+    migrate(
+        database,
+        steps=(
+            *STEPS,
+            add_colour,
+        ),
+    )
+    assert database.path.with_name(f"abhiapi.db.v{VERSION}.bak").stat().st_mode & 0o777 == 0o600
 
 
 def _upgrade_in_another_process(url: str) -> str | None:
-    return migrate(Database(url), steps=(add_colour, add_shapes))
+    return migrate(Database(url), steps=(*STEPS, add_colour, add_shapes))
 
 
 def test_several_processes_may_upgrade_at_once(database: Database, clock: Clock) -> None:
@@ -154,8 +206,8 @@ def test_several_processes_may_upgrade_at_once(database: Database, clock: Clock)
     with multiprocessing.get_context("spawn").Pool(4) as pool:
         said = pool.map(_upgrade_in_another_process, [f"sqlite:///{database.path}"] * 8)
     assert len([words for words in said if words]) >= 1
-    assert version_of(database.path) == 3
-    (copy,) = database.path.parent.glob("*.v1.*bak")
+    assert version_of(database.path) == VERSION + 2
+    (copy,) = database.path.parent.glob(f"*.v{VERSION}.*bak")
     assert dump(copy) == before
 
 
@@ -176,7 +228,13 @@ def test_a_database_that_is_gone_while_its_log_is_there_is_not_made_anew(databas
 
 
 def test_a_newer_database_is_refused(database: Database) -> None:
-    migrate(database, steps=(add_colour,))
+    migrate(
+        database,
+        steps=(
+            *STEPS,
+            add_colour,
+        ),
+    )
     with pytest.raises(SchemaError, match="newer than this program"):
         migrate(database)
 

@@ -19,6 +19,8 @@ BAD = {
     "ABHIAPI_LIMITS_URL": "memcached://here",
     "ABHIAPI_PUBLIC_URL": "example.com",
     "ABHIAPI_MARGIN": "-0.1",
+    "ABHIAPI_DEFAULT_HOLD": "1e2",
+    "ABHIAPI_PRICES_SYNC_S": "daily",
     "ABHIAPI_RATE_PER_MINUTE": "0",
     "ABHIAPI_CONCURRENCY": "many",
     "ABHIAPI_PRO_RATE_PER_MINUTE": "1e3",

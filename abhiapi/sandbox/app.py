@@ -21,7 +21,7 @@ import gevent
 
 from abhiapi.metering import parse_units
 from abhiapi.pricing import PriceRule, decimal_text
-from abhiapi.sandbox import answers, control, files, queue, replies, transport, validation, weather
+from abhiapi.sandbox import answers, control, files, listing, queue, replies, transport, validation, weather
 from abhiapi.sandbox.models import model_of
 from abhiapi.sandbox.records import BODY_TEXT_MAX_BYTES, Bill, CallLog, Forecast, Gates, Received
 from abhiapi.sandbox.replies import Reply
@@ -93,11 +93,28 @@ class Sandbox:
         path = environ["PATH_INFO"]
         if path in ("/", "/_sandbox") or path.startswith("/_sandbox/"):
             return _respond(control.answer(self, environ), start_response)
+        if path in listing.PATHS:
+            return self._listed(environ, start_response)
         if path.startswith(files.PREFIX):
             return _serve_file(environ, start_response)
         if path.startswith(queue.PREFIX) and (asked := queue.parsed(path.removeprefix(queue.PREFIX))):
             return self._polled(environ, start_response, *asked)
         return self._call(environ, start_response)
+
+    def _listed(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """The platform API: no call of a model's, so neither recorded as one nor billed."""
+        wanted = self.forecast.take_meant_for(environ["PATH_INFO"].strip("/"))
+        if wanted is not None and wanted.delay_s:
+            gevent.sleep(float(wanted.delay_s))
+        is_authorized = _is_authorized(environ.get("HTTP_AUTHORIZATION", ""))
+        reply = listing.answer(self.rules, environ, wanted, is_authorized=is_authorized)
+        if wanted is not None and wanted.encoding == "gzip":
+            reply = replies.gzipped(reply)
+        client = environ.get("sandbox.socket")
+        if wanted is None or not wanted.needs_socket or client is None:
+            return _respond(reply, start_response)
+        transport.send(client, reply, wanted)
+        return ()
 
     def _polled(
         self, environ: WSGIEnvironment, start_response: StartResponse, action: str, request_id: str

@@ -145,10 +145,11 @@ What it imitates
   x-fal-request-id, x-fal-served-from, and x-fal-billable-units by the price list's rates
   fal's validation errors for missing or wrong prompt, image_url, num_images, image_size, duration
   fal's error bodies by status (weather "status")
+  the list of models and of their prices, GET /v1/models and /v1/models/pricing
   the queue under /queue: submit, status, status/stream, result, cancel, with and without a sub-path
 
 What it does not imitate
-  /stream, webhooks (a fal_webhook is not called), uploads, WebSockets, the platform API; CORS
+  /stream, webhooks (a fal_webhook is not called), uploads, WebSockets, CORS; the rest of the platform API
   anything that depends on what a picture or prompt shows: filters, refusals, the size of a remote image
     (which counts as 1024 x 1024, unless its URL is one of this simulator's), the real time a model takes
   parameters beyond those above; fal's exact rounding of megapixels, which fal does not publish
@@ -181,6 +182,9 @@ Weather: how the next answers go wrong
                      job's result's, the connection's weather is the submit's. Ahead of time, a match of queue/status,
                      queue/result or queue/cancel, with /REQUEST_ID for one job's, is for the next such call:
                      status, body, delay_s, connection
+  prices             repeat, endless, partial, shape, currency, negative, placeholder; prices_factor: multiplied. Only
+                     ahead of time, with a match of v1/models or v1/models/pricing, as are status (429 asks to wait),
+                     body, delay_s, connection of the platform API
   (with size_bytes and echo the input is not looked at, and the call is billed as 1 unit)
   all keys: {keys}
 

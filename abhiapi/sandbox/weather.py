@@ -7,7 +7,7 @@ they do not know, because a misspelt weather that is quietly ignored makes a tes
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any, Literal
@@ -22,6 +22,7 @@ BODY_KINDS: tuple[BodyKind, ...] = (
 )  # fmt: skip
 DROPS = ("before_headers", "in_headers", "in_body")
 LENGTHS = ("short", "long")
+PRICES = ("repeat", "endless", "partial", "shape", "currency", "negative", "placeholder")
 
 DELAY_MAX_S = Decimal(600)
 SIZE_MIN_BYTES = 64
@@ -57,6 +58,8 @@ class Weather:
     run_s: Decimal = Decimal("0.03")
     queue_until: str | None = None
     ignores_cancel: bool = False
+    prices: str | None = None  # of the platform API's price list, as is the next
+    prices_factor: Decimal = Decimal(1)
 
     @property
     def keeps_body(self) -> bool:
@@ -184,7 +187,7 @@ def _one_of(value: Any, known: tuple[str, ...]) -> str:
     return str(value)
 
 
-_PARSERS = {
+_PARSERS: Mapping[str, Callable[[Any], Any]] = {
     "delay_s": _seconds,
     "hold_until": _name,
     "status": lambda value: _whole(value, 200, 599),
@@ -206,4 +209,6 @@ _PARSERS = {
     "run_s": _seconds,
     "queue_until": _name,
     "ignores_cancel": _flag,
+    "prices": lambda value: _one_of(value, PRICES),
+    "prices_factor": _decimal,
 }
