@@ -15,7 +15,7 @@ from abhiapi.db import Row, Tx
 from abhiapi.money import MICROS_MAX, Micros
 from abhiapi.price_terms import Costs
 
-RAISE_LASTS_MS = 30 * 86_400_000  # a bill that was a fault does not weigh on a model for ever
+RAISE_LASTS_MS = 7 * 86_400_000  # a bill that was a fault does not weigh on a model for ever
 RAISE_MAX_PERCENT = 1000
 _RAISE_STEP = 5
 _PERCENTILE = 99

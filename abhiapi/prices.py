@@ -16,6 +16,7 @@ from abhiapi.errors import BadRequest
 from abhiapi.ids import time_text
 from abhiapi.money import Micros
 from abhiapi.pricing import MODEL_ID, PATTERN, Catalogue, OwnPrice, Price, PriceRule, decimal_text
+from abhiapi.settings import Settings
 
 # The newest rows of all that a catalogue is made of: (own price, fal's price, raised hold).
 Version = tuple[int, int, int]
@@ -59,17 +60,15 @@ def version_from(row: Iterable[int | None]) -> Version:
     return own, fal, raised
 
 
-def catalogue(
-    tx: Tx, rules: Iterable[PriceRule], *, margin: Decimal, default_hold_micros: Micros, now_ms: int
-) -> Catalogue:
+def catalogue(tx: Tx, rules: Iterable[PriceRule], settings: Settings, *, now_ms: int) -> Catalogue:
     """The prices in force: what ships with the program, fal's own word over it, the operator's over both."""
     return Catalogue(
         rules,
         own_prices(tx),
-        margin,
+        settings.margin,
         synced=fal_prices.newest(tx),
-        costs=costs.of_models(tx, now_ms=now_ms),
-        default_hold_micros=default_hold_micros,
+        costs=costs.of_models(tx, now_ms=now_ms) if settings.learn_holds else None,
+        default_hold_micros=settings.default_hold_micros,
     )
 
 

@@ -149,8 +149,11 @@ def ceiling(price: Price, call_input: Json) -> Ceiling:
     """
     costs = price.costs
     if price.hold_micros is not None:
-        fixed = Ceiling(price.hold_micros, f"fixed hold of {credits_text(price.hold_micros)} credits for this model")
-        return _guessed(fixed, costs) if price.hold_is_guess else fixed
+        amount_text = credits_text(price.hold_micros)
+        if not price.hold_is_guess:
+            return Ceiling(price.hold_micros, f"fixed hold of {amount_text} credits for this model")
+        words = f"{amount_text} credits, a guess until {COSTS_ENOUGH} calls of this model have been charged"
+        return _guessed(Ceiling(price.hold_micros, words), costs)
     units, words = units_ceiling(price.estimate, call_input)
     try:
         amount = product_micros(units, price.unit_price_usd)
@@ -190,7 +193,8 @@ def _guessed(guess: Ceiling, costs: Costs) -> Ceiling:
     if costs.calls >= COSTS_ENOUGH:
         return Ceiling(costs.p99_micros, _p99_words(costs))
     if costs.largest_micros > guess.amount_micros:
-        words = f"the dearest of {costs.calls} calls of this model: up to {credits_text(costs.largest_micros)} credits"
+        calls = f"{costs.calls} call{'' if costs.calls == 1 else 's'}"
+        words = f"the dearest of {calls} of this model: up to {credits_text(costs.largest_micros)} credits"
         return Ceiling(costs.largest_micros, words)
     return guess
 

@@ -95,15 +95,7 @@ class Runtime:
         now = self.now_ms()
         is_old = not 0 <= now - self._catalogue_at < CATALOGUE_LASTS_MS  # what calls cost is read anew now and then
         if self._catalogue is None or version != self._catalogue_version or is_old:
-            self._catalogue = self.reader.read(
-                lambda tx: prices.catalogue(
-                    tx,
-                    self.rules,
-                    margin=self.settings.margin,
-                    default_hold_micros=self.settings.default_hold_micros,
-                    now_ms=now,
-                )
-            )
+            self._catalogue = self.reader.read(lambda tx: prices.catalogue(tx, self.rules, self.settings, now_ms=now))
             self._catalogue_version, self._catalogue_at = version, now
         return self._catalogue
 

@@ -70,6 +70,12 @@ def _margin(value: str) -> Decimal:
     return Decimal(value)
 
 
+def _flag(value: str) -> bool:
+    if value not in ("0", "1"):
+        raise ValueError("must be 0 or 1")
+    return value == "1"
+
+
 def _credits(value: str) -> Micros:
     try:
         return parse_amount(value)
@@ -145,6 +151,12 @@ class Settings:
         "100",
         "credits held for a call whose cost neither its input nor the calls before it tell",
         _credits,
+    )
+    learn_holds: bool = _setting(
+        "ABHIAPI_LEARN_HOLDS",
+        "1",
+        "whether holds follow what calls of the model really cost; `0`: its formula or the default alone",
+        _flag,
     )
     prices_sync_s: int = _setting(
         "ABHIAPI_PRICES_SYNC_S",

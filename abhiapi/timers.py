@@ -11,6 +11,8 @@ from sqlalchemy import bindparam, insert, or_, select, update
 from abhiapi import tables
 from abhiapi.db import Tx
 
+SKEW_MS = 3_600_000  # clocks of honest machines are closer to each other than this
+
 _t = tables.timers.c
 _FIRST = insert(tables.timers).values(
     name=bindparam("of_name"), due_at=bindparam("due"), claimed_until=bindparam("until")
@@ -21,7 +23,7 @@ _CLAIM = (
     .where(
         _t.name == bindparam("of_name"),
         or_(_t.due_at <= bindparam("now"), _t.due_at > bindparam("farthest")),
-        or_(_t.claimed_until <= bindparam("now"), _t.claimed_until > bindparam("until")),
+        or_(_t.claimed_until <= bindparam("now"), _t.claimed_until > bindparam("latest")),
     )
     .values(claimed_until=bindparam("until"))
 )
@@ -39,7 +41,8 @@ def claim(tx: Tx, name: str, *, now_ms: int, lease_ms: int, interval_ms: int) ->
     if tx.one(_FIND, of_name=name) is None:
         tx.run(_FIRST, of_name=name, due=now_ms, until=until)
         return True
-    return tx.run(_CLAIM, of_name=name, now=now_ms, farthest=now_ms + interval_ms, until=until) == 1
+    farthest, latest = now_ms + interval_ms + SKEW_MS, until + SKEW_MS
+    return tx.run(_CLAIM, of_name=name, now=now_ms, farthest=farthest, until=until, latest=latest) == 1
 
 
 def done(tx: Tx, name: str, *, now_ms: int, due_in_ms: int) -> None:

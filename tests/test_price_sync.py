@@ -304,7 +304,7 @@ def held(
 
 
 def test_a_model_of_which_nothing_is_known_holds_the_configured_default() -> None:
-    assert held(Costs()) == (100_000, "fixed hold of 100 credits for this model")
+    assert held(Costs()) == (100_000, "100 credits, a guess until 100 calls of this model have been charged")
 
 
 def test_the_dearest_call_seen_raises_the_next_hold() -> None:

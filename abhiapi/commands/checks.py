@@ -176,13 +176,7 @@ def _shipped(settings: Settings) -> pricing.Catalogue:
 
 
 def _current(tx: Tx, settings: Settings, now_ms: int) -> Check:
-    catalogue = prices.catalogue(
-        tx,
-        pricing.shipped_rules(),
-        margin=settings.margin,
-        default_hold_micros=settings.default_hold_micros,
-        now_ms=now_ms,
-    )
+    catalogue = prices.catalogue(tx, pricing.shipped_rules(), settings, now_ms=now_ms)
     return _prices(catalogue, len(prices.own_prices(tx)))
 
 

@@ -50,14 +50,7 @@ def read(op: Callable[[Tx], T]) -> T:
 
 def catalogue(tx: Tx) -> Catalogue:
     """The prices in force just now."""
-    now = settings()
-    return library.prices.catalogue(
-        tx,
-        library.pricing.shipped_rules(),
-        margin=now.margin,
-        default_hold_micros=now.default_hold_micros,
-        now_ms=now_ms(),
-    )
+    return library.prices.catalogue(tx, library.pricing.shipped_rules(), settings(), now_ms=now_ms())
 
 
 def find_account(tx: Tx, text: str) -> Account | None:
