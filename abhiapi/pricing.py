@@ -147,18 +147,18 @@ def ceiling(price: Price, call_input: Json) -> Ceiling:
     refuse are taken at their dearest; sizes and counts are clamped, so that an absurd ``num_images`` asks for an
     absurd hold (and gets 402), never for a negative or wrapped one.
     """
-    costs = price.costs
-    if price.hold_micros is not None:
-        amount_text = credits_text(price.hold_micros)
-        if not price.hold_is_guess:
-            return Ceiling(price.hold_micros, f"fixed hold of {amount_text} credits for this model")
-        words = f"{amount_text} credits, a guess until {COSTS_ENOUGH} calls of this model have been charged"
-        return _guessed(Ceiling(price.hold_micros, words), costs)
+    costs, fixed = price.costs, price.hold_micros
+    if fixed is not None and not price.hold_is_guess:
+        return Ceiling(fixed, f"fixed hold of {credits_text(fixed)} credits for this model")
     units, words = units_ceiling(price.estimate, call_input)
     try:
         amount = product_micros(units, price.unit_price_usd)
     except BadAmount:
         amount = MICROS_MAX
+    if fixed is not None:
+        amount = max(fixed, amount) if price.estimate.is_guess else fixed
+        words = f"{credits_text(amount)} credits, a guess until {COSTS_ENOUGH} calls of this model have been charged"
+        return _guessed(Ceiling(amount, words), costs)
     basis = f"{words} = {decimal_text(units)} x {decimal_text(price.unit_price_usd)} USD ({price.unit})"
     if price.estimate.is_guess:
         return _guessed(Ceiling(amount, basis), costs)
@@ -231,7 +231,7 @@ def _overlaid(rule: PriceRule | None, word: FalPrice, default_hold_micros: Micro
     if rule is None:
         estimate = estimate_by_unit(word.unit)
         hold = default_hold_micros if estimate is None else None
-        unknown = estimate or Estimate("none", is_guess=True)
+        unknown = estimate or _TWO_UNITS
         return PriceRule(word.model, word.unit, price, word.source, word.updated_at, unknown, hold)
     before, estimate = rule.fal_unit_price_usd, rule.estimate
     if not price <= before * SAME_SCALE_TIMES or not before <= price * SAME_SCALE_TIMES:
@@ -300,6 +300,7 @@ def _overridden(rule: PriceRule | None, mine: OwnPrice, margin: Decimal) -> Pric
     )
 
 
+_TWO_UNITS = Estimate(kind="none", maximum=Decimal(2), is_guess=True)  # where that is more than the default hold
 _FOUR_UNITS = Estimate(kind="none", maximum=Decimal(4), is_guess=True)
 
 
