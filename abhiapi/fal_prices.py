@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from decimal import Decimal
+from functools import cache
 
 from sqlalchemy import bindparam, func, insert, select
 
@@ -26,8 +27,9 @@ _APPEND = insert(tables.fal_prices).values(
 
 def newest(tx: Tx) -> list[FalPrice]:
     """The last word on each model."""
+    told = cache(time_text)  # most words were said in one answer
     return [
-        FalPrice(model, unit, None if price is None else Decimal(price), standing, source, time_text(seen_at) or "")
+        FalPrice(model, unit, None if price is None else Decimal(price), standing, source, told(seen_at) or "")
         for model, unit, price, standing, source, seen_at in tx.all(_NEWEST)
     ]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from decimal import Decimal, localcontext
+from functools import lru_cache
 
 from abhiapi.errors import BadAmount, UnpricedModel
 from abhiapi.estimates import (
@@ -255,13 +256,15 @@ def _scaled(estimate: Estimate, before: Decimal, now: Decimal) -> Estimate:
         return replace(estimate, rates=rates, surcharge=estimate.surcharge * times)
 
 
+def _with_margin(fal_price: Decimal, margin: Decimal) -> Decimal:
+    return EXACT.multiply(fal_price, EXACT.add(1, margin))
+
+
 def _mirrored(rule: PriceRule, margin: Decimal) -> Price:
-    with localcontext(EXACT):
-        unit_price = rule.fal_unit_price_usd * (1 + margin)
     return Price(
         model=rule.model,
         unit=rule.unit,
-        unit_price_usd=unit_price,
+        unit_price_usd=_with_margin(rule.fal_unit_price_usd, margin),
         fal_unit_price_usd=rule.fal_unit_price_usd,
         margin=margin,
         hold_micros=rule.hold_micros,
@@ -282,8 +285,7 @@ def _overridden(rule: PriceRule | None, mine: OwnPrice, margin: Decimal) -> Pric
         return None
     else:
         own_margin = margin if mine.margin is None else mine.margin
-        with localcontext(EXACT):
-            unit_price = fal_price * (1 + own_margin)
+        unit_price = _with_margin(fal_price, own_margin)
     unit = mine.unit or (rule.unit if rule else "units")
     hold = mine.hold_micros if mine.hold_micros is not None else (rule.hold_micros if rule else None)
     return Price(
@@ -304,6 +306,7 @@ _TWO_UNITS = Estimate(kind="none", maximum=Decimal(2), is_guess=True)  # where t
 _FOUR_UNITS = Estimate(kind="none", maximum=Decimal(4), is_guess=True)
 
 
+@lru_cache(maxsize=1024)
 def estimate_by_unit(unit: str) -> Estimate | None:
     """A hold for a model of which only the unit's name is known; None where the name says nothing.
 

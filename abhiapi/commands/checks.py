@@ -17,15 +17,17 @@ from typing import Literal
 
 from dotenv import dotenv_values
 
-from abhiapi import audit, prices, pricing, reports, serving
+from abhiapi import audit, prices, pricing, reports, serving, sync, timers
 from abhiapi.db import APPLICATION_ID, CLI_PATIENCE_S, Database, Tx
 from abhiapi.errors import AbhiError, DatabaseUnavailable, SettingsError
+from abhiapi.ids import time_text
 from abhiapi.migrations import VERSION
 from abhiapi.settings import Settings, variables
 
 Status = Literal["ok", "warn", "fail"]
 
 HOLD_AGE_MAX_MS = 3_600_000  # no call is served for an hour
+SYNCS_MISSED_MAX = 2
 DISK_FREE_LOW_BYTES = 1024**3
 DISK_FREE_LEAST_BYTES = 100 * 1024**2
 
@@ -177,7 +179,14 @@ def _shipped(settings: Settings) -> pricing.Catalogue:
 
 def _current(tx: Tx, settings: Settings, now_ms: int) -> Check:
     catalogue = prices.catalogue(tx, pricing.shipped_rules(), settings, now_ms=now_ms)
-    return _prices(catalogue, len(prices.own_prices(tx)))
+    done_at = timers.done_at(tx, sync.TIMER)
+    check = _prices(catalogue, len(prices.own_prices(tx)))
+    if check.status == "ok" and done_at is not None and settings.prices_sync_s:
+        late_ms = now_ms - done_at - SYNCS_MISSED_MAX * settings.prices_sync_s * 1000
+        if late_ms > 0:
+            since = f"fal's prices were last taken over at {time_text(done_at)}"
+            return Check("prices", "warn", f"{since}: run `abhiapi prices sync` to see why, or start the server")
+    return check
 
 
 def _prices(catalogue: pricing.Catalogue, own: int) -> Check:

@@ -42,7 +42,7 @@ def check_prices(as_json: bool) -> None:
     else:
         click.echo("every price covers fal's, and every last hold its charge")
     if problems:
-        raise Refused(f"{len(problems)} prices need you: `abhiapi prices set` changes them")
+        raise Refused("the prices above need you: `abhiapi prices set` changes a price or a hold")
 
 
 @click.command("replay")
