@@ -60,6 +60,7 @@ class Runtime:
     _catalogue: pricing.Catalogue | None = None
     _catalogue_version: prices.Version = (-1, -1, -1)
     _catalogue_at: int = 0
+    price_list: tuple[pricing.Catalogue, bytes] | None = None  # as GET /v1/prices answers it
     price_ids: dict[tuple[str, ...], int] = field(default_factory=dict)
     working_on: set[int] = field(default_factory=set)  # calls that this process will end: no sweep touches them
 

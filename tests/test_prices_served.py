@@ -14,7 +14,7 @@ import requests
 
 from abhiapi import costs, fal_prices, timers
 from abhiapi.price_terms import FalPrice
-from tests.harness import Books, Fal, Server, until
+from tests.harness import Books, Fal, Process, Server, environment, free_port, until
 
 FLUX, FLUX_MICROS = "fal-ai/flux/dev", 26_250
 CAT = {"prompt": "a cat", "image_size": "landscape_4_3"}
@@ -172,6 +172,19 @@ def test_trouble_with_fals_prices_neither_delays_nor_ends_a_server(tmp_path: Pat
         assert metric(server, 'abhiapi_price_syncs_total{end="failed"}') == 1
         assert words(server.books) == {}
         assert server.env["FAL_KEY"].partition(":")[2] not in server.process.output()
+
+
+def test_the_simulators_prices_are_taken_over_under_sandbox(tmp_path: Path) -> None:
+    """`serve --sandbox` points the platform API at the simulator, and asks no fal for anything."""
+    port = free_port()
+    env = environment(ABHIAPI_DATABASE_URL=f"sqlite:///{tmp_path / 'sandbox.db'}")
+    process = Process.start(["cli.py", "serve", "--sandbox", "--bind", f"127.0.0.1:{port}"], tmp_path / "log", env)
+    try:
+        until(lambda: "fal's prices taken over: 176 models" in process.output(), what="the sync is told", within_s=30)
+        rows = requests.get(f"http://127.0.0.1:{port}/v1/prices", timeout=10).json()["prices"]
+        assert {row["source"] for row in rows} == {"fal api"}
+    finally:
+        process.kill()
 
 
 def test_without_an_interval_fal_is_not_asked(shared_server: Server) -> None:
