@@ -78,6 +78,7 @@ CREATE TABLE observed_costs (
     model           TEXT    NOT NULL,
     up_to_micros    INTEGER NOT NULL CHECK (up_to_micros > 0),  -- the upper bound of the charges counted here
     calls           INTEGER NOT NULL CHECK (calls >= 0),
+    over_hold       INTEGER NOT NULL CHECK (over_hold >= 0),    -- those of them that passed their hold
     last_call_id    INTEGER NOT NULL REFERENCES calls,
     PRIMARY KEY (model, up_to_micros)
 ) STRICT, WITHOUT ROWID;

@@ -1,7 +1,7 @@
 """What calls of a model were really charged, so that the next hold fits: counted when a call ends, never by a scan.
 
 A histogram a model, whose bounds grow by about a quarter: a percentile read from it is at most that much too high. And
-a raise where a charge passed what the model's formula had held. Estimates only: no charge is ever made from these.
+a raise where charges pass what the model's formula had held. Estimates only: no charge is ever made from these.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _r = tables.hold_raises.c
 _COUNT = (
     update(tables.observed_costs)
     .where(_o.model == bindparam("of_model"), _o.up_to_micros == bindparam("bound"))
-    .values(calls=_o.calls + 1, last_call_id=bindparam("call"))
+    .values(calls=_o.calls + 1, over_hold=_o.over_hold + bindparam("over"), last_call_id=bindparam("call"))
 )
 _FIRST = insert(tables.observed_costs).values(
-    {name: bindparam(name) for name in ("model", "up_to_micros", "calls", "last_call_id")}
+    {name: bindparam(name) for name in ("model", "up_to_micros", "calls", "over_hold", "last_call_id")}
 )
 _ALL = select(_o.model, _o.up_to_micros, _o.calls).order_by(_o.model, _o.up_to_micros)
 _RAISED = (
@@ -46,7 +46,12 @@ _NEWEST_RAISES = select(_r.model, _r.percent, _r.created_at).where(
     _r.raise_id.in_(select(func.max(_r.raise_id)).group_by(_r.model))
 )
 _TOTALS = select(_o.model, func.sum(_o.calls)).group_by(_o.model)
-_HALVE = update(tables.observed_costs).where(_o.model == bindparam("of_model")).values(calls=(_o.calls + 1) // 2)
+_HALVE = (
+    update(tables.observed_costs)
+    .where(_o.model == bindparam("of_model"))
+    .values(calls=(_o.calls + 1) // 2, over_hold=(_o.over_hold + 1) // 2)
+)
+_SHARE = select(func.sum(_o.calls), func.sum(_o.over_hold)).where(_o.model == bindparam("of_model"))
 _LAST = (
     select(_o.model, tables.calls.c.call_id, tables.calls.c.held_micros, tables.calls.c.charged_micros)
     .join_from(tables.observed_costs, tables.calls, _o.last_call_id == tables.calls.c.call_id)
@@ -55,13 +60,13 @@ _LAST = (
 
 
 def note(tx: Tx, model: str, call_id: int, charged_micros: Micros, *, held_micros: Micros, now_ms: int) -> None:
-    """Count a charge; where it passed its hold by more than rounding, raise the holds of the calls to come."""
+    """Count a charge; where more than one in a hundred passes its hold, raise the holds of the calls to come."""
     if charged_micros <= 0:
         return
-    bound = bound_of(charged_micros)
-    if tx.run(_COUNT, of_model=model, bound=bound, call=call_id) == 0:
-        tx.run(_FIRST, model=model, up_to_micros=bound, calls=1, last_call_id=call_id)
-    if charged_micros > held_micros + 1 and held_micros > 0:
+    bound, over = bound_of(charged_micros), int(charged_micros > held_micros + 1)  # more than rounding
+    if tx.run(_COUNT, of_model=model, bound=bound, call=call_id, over=over) == 0:
+        tx.run(_FIRST, model=model, up_to_micros=bound, calls=1, over_hold=over, last_call_id=call_id)
+    if over and held_micros > 0 and _is_frequent(tx, model):
         _raise(tx, model, call_id, charged_micros, held_micros, now_ms)
 
 
@@ -109,6 +114,12 @@ def _percentile(rows: list[Row], calls: int) -> Micros:
         if seen >= rank:
             return Micros(up_to_micros)
     return Micros(rows[-1][1])
+
+
+def _is_frequent(tx: Tx, model: str) -> bool:
+    """Whether the holds of a model fit fewer than 99 of 100 of its calls."""
+    calls, over = tx.one(_SHARE, of_model=model) or (0, 0)
+    return bool(over * 100 > calls)
 
 
 def _raise(tx: Tx, model: str, call_id: int, charged_micros: int, held_micros: int, now_ms: int) -> None:

@@ -46,6 +46,7 @@ CREATE TABLE observed_costs (
     model           TEXT    NOT NULL,
     up_to_micros    INTEGER NOT NULL CHECK (up_to_micros > 0),
     calls           INTEGER NOT NULL CHECK (calls >= 0),
+    over_hold       INTEGER NOT NULL CHECK (over_hold >= 0),
     last_call_id    INTEGER NOT NULL REFERENCES calls,
     PRIMARY KEY (model, up_to_micros)
 ) STRICT, WITHOUT ROWID;

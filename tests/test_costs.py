@@ -76,6 +76,16 @@ def test_a_charge_above_its_hold_raises_the_next(database: Database, clock: Cloc
     assert pricing.ceiling(price, {}).amount_micros == 31_500
 
 
+def test_one_odd_charge_in_a_hundred_raises_nothing(database: Database, clock: Clock, customer: Customer) -> None:
+    """One call that nobody's formula foresaw is no reason to hold more for a thousand others; the second is."""
+    for _ in range(100):
+        customer.settle()
+    customer.settle(31_000)
+    assert known(database, clock).raised_percent == 100
+    customer.settle(31_000)
+    assert known(database, clock).raised_percent == 120
+
+
 def test_rounding_raises_nothing(database: Database, clock: Clock, customer: Customer) -> None:
     customer.settle(FLUX_MICROS + 1)
     assert known(database, clock).raised_percent == 100

@@ -109,6 +109,28 @@ def test_all_models_and_all_prices_are_the_very_decimals_of_fals_bill(fal: Fal) 
     }
 
 
+@pytest.mark.parametrize(
+    ("query", "status", "kind"),
+    [
+        ("?endpoint_id=fal-ai/flux/dev&endpoint_id=acme/unknown", 404, "not_found"),
+        ("", 400, "validation_error"),
+        ("?endpoint_id=" + ",".join(["fal-ai/flux/dev"] * 51), 400, "validation_error"),
+    ],
+)
+def test_the_simulator_refuses_what_fal_refuses(fal: Fal, query: str, status: int, kind: str) -> None:
+    refused = fal.get(f"/v1/models/pricing{query}")
+    assert (refused.status_code, refused.json()["error"]["type"]) == (status, kind)
+
+
+def test_the_simulator_tells_models_to_everybody_and_prices_to_whoever_has_a_key(fal: Fal) -> None:
+    del fal.session.headers["Authorization"]
+    assert fal.get("/v1/models?limit=2").json()["has_more"] is True
+    assert fal.get("/v1/models?cursor=nonsense!").status_code == 400
+    assert fal.get("/v1/models/pricing?endpoint_id=fal-ai/flux/dev").status_code == 401
+    assert fal.calls() == []  # no calls of a model's
+    assert fal.bill()["calls"] == 0
+
+
 def test_prices_are_asked_for_fifty_at_a_time_and_pages_are_followed() -> None:
     names = [f"acme/model-{number:03}" for number in range(230)]
 
