@@ -40,12 +40,17 @@ class PlatformApi:
     """One look at the API: its time limit holds from the first request on."""
 
     def __init__(
-        self, base_url: str, credential: str, *, sleep: Callable[[int], object] = gevent.sleep, tries: int = TRIES
+        self,
+        base_url: str,
+        credential: str,
+        *,
+        sleep: Callable[[int], object] = gevent.sleep,
+        timeout_s: int = WHOLE_TIMEOUT_S,
     ) -> None:
         self._fal = Fal(base_url, credential, timeout_s=ANSWER_TIMEOUT_S)
         self._hidden = [part for part in credential.split(":") if wire.worth_hiding(part)]
         self._sleep = sleep
-        self._tries = tries
+        self._timeout_s = timeout_s
         self._unknown = 0
         self._deadline: float | None = None
 
@@ -108,13 +113,15 @@ class PlatformApi:
         text = urlencode(list(query), quote_via=quoted)
         target = path + (f"?{text}" if text else "")
         if self._deadline is None:
-            self._deadline = monotonic() + WHOLE_TIMEOUT_S
+            self._deadline = monotonic() + self._timeout_s
+        if monotonic() > self._deadline:
+            raise PlatformError(f"fal's API took longer than {self._timeout_s} s for all that was asked")
         pause_s = PAUSE_FIRST_S
-        for attempt in range(1, self._tries + 1):
+        for attempt in range(1, TRIES + 1):
             wait_s, trouble = self._attempt(target)
             if not isinstance(trouble, str):
                 return trouble
-            if attempt == self._tries or monotonic() > self._deadline:
+            if attempt == TRIES or monotonic() > self._deadline:
                 break
             self._sleep(min(PAUSE_MAX_S, max(pause_s, wait_s)))
             pause_s *= 2

@@ -64,6 +64,10 @@ def _whole(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
+def _interval(value: str) -> int:
+    return 0 if value == "0" else _whole(60, 30 * 86_400)(value)
+
+
 def _margin(value: str) -> Decimal:
     if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,9})?", value):
         raise ValueError("must be a plain decimal such as 0.05 (for 5 percent)")
@@ -161,8 +165,8 @@ class Settings:
     prices_sync_s: int = _setting(
         "ABHIAPI_PRICES_SYNC_S",
         "86400",
-        "how often a server takes over fal's prices, seconds; `0`: never",
-        _whole(0, 30 * 86_400),
+        "how often a server takes over fal's prices, seconds, at least 60; `0`: never",
+        _interval,
     )
     rate_per_minute: int = _setting(
         "ABHIAPI_RATE_PER_MINUTE", "30", "calls in any minute, per key, free plan", _whole(1, 10**9)

@@ -320,6 +320,13 @@ def test_a_bomb_stays_small(encoding: str, pack: Callable[[bytes], bytes]) -> No
         api.prices(["acme/a"])
 
 
+def test_a_list_without_an_end_is_left_when_its_time_is_up(fal: Fal) -> None:
+    api = PlatformApi(f"{fal.url}/v1", CREDENTIAL, timeout_s=0)
+    with pytest.raises(PlatformError, match="took longer than 0 s"):
+        fetched(api)
+    api.close()
+
+
 def test_a_path_that_fal_does_not_know_says_so() -> None:
     with scripted(says({}, 404)) as (url, _), client(url) as api, pytest.raises(PlatformNotFound):
         list(api.models())

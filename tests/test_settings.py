@@ -20,7 +20,7 @@ BAD = {
     "ABHIAPI_PUBLIC_URL": "example.com",
     "ABHIAPI_MARGIN": "-0.1",
     "ABHIAPI_DEFAULT_HOLD": "1e2",
-    "ABHIAPI_PRICES_SYNC_S": "daily",
+    "ABHIAPI_PRICES_SYNC_S": "59",
     "ABHIAPI_LEARN_HOLDS": "yes",
     "ABHIAPI_RATE_PER_MINUTE": "0",
     "ABHIAPI_CONCURRENCY": "many",
