@@ -58,6 +58,48 @@ CREATE TABLE own_prices (
 ) STRICT;
 CREATE INDEX own_prices_by_model ON own_prices (model, own_price_id);
 
+-- What fal itself said of its prices: only appended to, and only where something changed; the newest row of a model
+-- counts. standing: priced; placeholder (a number that is no price); unpriced (listed without a usable price); gone
+-- (not listed any more; the price is the last there was).
+CREATE TABLE fal_prices (
+    fal_price_id    INTEGER PRIMARY KEY,
+    model           TEXT    NOT NULL,
+    unit            TEXT    NOT NULL,
+    unit_price_usd  TEXT,                             -- NULL: none that can be used
+    standing        TEXT    NOT NULL CHECK (standing IN ('priced', 'placeholder', 'unpriced', 'gone')),
+    source          TEXT    NOT NULL,
+    seen_at         INTEGER NOT NULL,
+    CHECK (standing NOT IN ('priced', 'placeholder') OR unit_price_usd IS NOT NULL)
+) STRICT;
+CREATE INDEX fal_prices_by_model ON fal_prices (model, fal_price_id);
+
+-- What calls were really charged, by model: a histogram, counted in the transaction that ends the call.
+CREATE TABLE observed_costs (
+    model           TEXT    NOT NULL,
+    up_to_micros    INTEGER NOT NULL CHECK (up_to_micros > 0),  -- the upper bound of the charges counted here
+    calls           INTEGER NOT NULL CHECK (calls >= 0),
+    over_hold       INTEGER NOT NULL CHECK (over_hold >= 0),    -- those of them that passed their hold
+    last_call_id    INTEGER NOT NULL REFERENCES calls,
+    PRIMARY KEY (model, up_to_micros)
+) STRICT, WITHOUT ROWID;
+
+-- By how much a model's formula fell short of a charge: what later holds are multiplied by. Only appended to.
+CREATE TABLE hold_raises (
+    raise_id        INTEGER PRIMARY KEY,
+    model           TEXT    NOT NULL,
+    percent         INTEGER NOT NULL CHECK (percent > 100),
+    created_at      INTEGER NOT NULL
+) STRICT;
+CREATE INDEX hold_raises_by_model ON hold_raises (model, raise_id);
+
+-- Work that is done now and then, by one process at a time.
+CREATE TABLE timers (
+    name            TEXT    PRIMARY KEY,
+    due_at          INTEGER NOT NULL,
+    claimed_until   INTEGER NOT NULL,                 -- past: nobody is at it
+    done_at         INTEGER                           -- the last success; NULL: never
+) STRICT;
+
 -- Processes that serve or served this database: whose calls may be swept when they are gone.
 CREATE TABLE processes (
     process_id      INTEGER PRIMARY KEY,
@@ -179,6 +221,10 @@ CREATE TRIGGER price_versions_are_kept BEFORE DELETE ON price_versions
 BEGIN SELECT RAISE(ABORT, 'price versions are never deleted'); END;
 CREATE TRIGGER own_prices_are_immutable BEFORE UPDATE ON own_prices
 BEGIN SELECT RAISE(ABORT, 'own prices are appended to, never changed'); END;
+CREATE TRIGGER fal_prices_are_immutable BEFORE UPDATE ON fal_prices
+BEGIN SELECT RAISE(ABORT, 'fal prices are appended to, never changed'); END;
+CREATE TRIGGER fal_prices_are_kept BEFORE DELETE ON fal_prices
+BEGIN SELECT RAISE(ABORT, 'fal prices are never deleted'); END;
 CREATE TRIGGER calls_are_kept BEFORE DELETE ON calls
 BEGIN SELECT RAISE(ABORT, 'calls are never deleted'); END;
 CREATE TRIGGER calls_end_once BEFORE UPDATE OF state, charged_micros ON calls

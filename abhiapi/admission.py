@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from abhiapi import calls, idempotency, jsonbytes, keys, prices, pricing, wire
 from abhiapi.db import Tx
-from abhiapi.errors import AbhiError, ChargeNotRecorded, DatabaseUnavailable, UpstreamError
+from abhiapi.errors import AbhiError, ChargeNotRecorded, DatabaseUnavailable, InsufficientCredits, UpstreamError
 from abhiapi.ids import call_text
 from abhiapi.metering import Verdict
 from abhiapi.money import Micros, credits_text
@@ -147,12 +147,14 @@ def hold(
     call: calls.OpenCall,
     price: pricing.Price,
     mode: calls.Mode,
-    claim: idempotency.Claim | None = None,
+    claim: idempotency.Claim | None,
+    *,
+    basis: str,
 ) -> int:
     """Set the credit aside and write the call, durably. Raises InsufficientCredits, DatabaseUnavailable (503).
 
     Gives the number of the price as recorded. With a claim, the call's key is written in the same transaction, or
-    nothing is (`idempotency.KeyTaken`).
+    nothing is (`idempotency.KeyTaken`). ``basis``: how the hold came about, for a caller who cannot pay it.
     """
     now = rt.now_ms()
     identity = price.identity()
@@ -179,7 +181,10 @@ def hold(
             keys.touch(tx, call.key_id, now)
         return price_id
 
-    price_id = rt.price_ids[identity] = rt.write(admit)
+    try:
+        price_id = rt.price_ids[identity] = rt.write(admit)
+    except InsufficientCredits as error:
+        raise InsufficientCredits(f"{error.message} (held for this call: {basis})") from error
     rt.working_on.add(call.call_id)
     return price_id
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 from sqlalchemy import ColumnElement, bindparam, func, insert, literal_column, select, update
 
-from abhiapi import ledger, tables
+from abhiapi import costs, ledger, tables
 from abhiapi.db import Tx
 from abhiapi.errors import NotFound, Refused
 from abhiapi.ids import call_text
@@ -208,6 +208,7 @@ def finish(
     if verdict.end == "unknown":
         return ledger.balance_micros(tx, call.account_id)
     _count(tx, call.account_id, call.key_id, call.model, now_ms, 1, verdict.charge_micros, verdict.fal_cost_nano_usd)
+    costs.note(tx, call.model, call.call_id, verdict.charge_micros, held_micros=call.held_micros, now_ms=now_ms)
     return ledger.charge(
         tx, call.account_id, call.call_id, verdict.charge_micros, held_micros=call.held_micros, now_ms=now_ms
     )

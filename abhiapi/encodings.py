@@ -1,9 +1,11 @@
-"""Undoing gzip and deflate as bytes arrive. fal is asked for plain bytes; this is for the day it sends others."""
+"""Undoing gzip, deflate and brotli as bytes arrive. Calls are asked for in plain bytes; the platform API is not."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+
+import brotli
 
 from abhiapi.errors import UpstreamBroken
 
@@ -44,3 +46,30 @@ class DecodingReader:
         # At a member's end `unconsumed_tail` may still hold what is in `unused_data`: the same bytes twice.
         self._compressed = self._decoder.unused_data if self._decoder.eof else self._decoder.unconsumed_tail
         return plain
+
+
+class BrotliReader:
+    """The same for brotli, which fal's platform API may answer in."""
+
+    def __init__(self, read1: Callable[[], bytes]) -> None:
+        self._read1 = read1
+        self._decoder = brotli.Decompressor()
+        self._started = False
+
+    def __call__(self) -> bytes:
+        """The next plain bytes; b"" at the whole end."""
+        while True:
+            compressed = b""
+            if self._decoder.can_accept_more_data():
+                compressed = self._read1()
+                if not compressed:
+                    if self._started and not self._decoder.is_finished():
+                        raise UpstreamBroken("fal's compressed answer was cut before its end")
+                    return b""
+            self._started = True
+            try:
+                plain: bytes = self._decoder.process(compressed, output_buffer_limit=_PIECE_BYTES)
+            except brotli.error as error:
+                raise UpstreamBroken("fal's answer is not compressed the way it says") from error
+            if plain:
+                return plain

@@ -264,6 +264,20 @@ class PriceFileError(AbhiError):
     type = "bad_price_file"
 
 
+class PlatformError(AbhiError):
+    """fal's platform API did not answer, or with something that makes no sense. Nothing was changed."""
+
+    status, type = 502, "fal_api_error"
+
+
+class PlatformNotFound(PlatformError):
+    """fal does not know (one of) the things asked about."""
+
+
+class BadPriceAnswer(PlatformError):
+    """fal's prices, as a whole, are not to be trusted: the old ones stay."""
+
+
 class SchemaError(AbhiError):
     """The database is of another version than this program, or is no AbhiAPI database."""
 

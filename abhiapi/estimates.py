@@ -73,6 +73,7 @@ class Estimate:
     where the input does not say (``auto``, or a value that fal will refuse), for holds only. count_param: how many
     pictures; batch_param: how many at most of each. size_by_resolution: the most pixels of one frame. surcharge:
     units added once a call. open_params: parameters which, when given, decide the duration in fal's own way.
+    is_guess: no formula of this very model, only what its unit suggests: for holds, never for a charge.
     """
 
     kind: Kind
@@ -85,6 +86,7 @@ class Estimate:
     text_param: str = "text"
     surcharge: Decimal = Decimal(0)
     open_params: tuple[str, ...] = ()
+    is_guess: bool = False
 
 
 def units_ceiling(estimate: Estimate, call_input: Json) -> tuple[Decimal, str]:
@@ -102,7 +104,7 @@ def units_from_answer(estimate: Estimate, call_input: Json, answer: Json | None)
     Used only when fal sent no usable ``x-fal-billable-units``. Megapixels are rounded to the nearest whole one, at
     least 1, for each picture: plain rounding up contradicts fal's recorded charges.
     """
-    rate = _fitting_rate(estimate, call_input)
+    rate = None if estimate.is_guess else _fitting_rate(estimate, call_input)
     if rate is None:
         return None
     with localcontext(EXACT):

@@ -40,14 +40,15 @@ def run(rt: Runtime, request: Request) -> Reply:
 def _admitted(rt: Runtime, caller: keys.Caller, call_id: int, request: Request, dialect: wire.Dialect) -> Reply:
     """The call itself, once its caller is known and within limits. Raises what is answered in its place."""
     model, streamed = wire.endpoint_of(request.path)
-    price = rt.catalogue(caller.own_price_id).price_of(model)
+    price = rt.catalogue(caller.price_version).price_of(model)
     query = wire.forwarded_query(request.query)
     target = request.path + ("?" + query if query else "")
     headers = wire.request_headers(request.headers.items())
     body = request.read_body()
-    held_micros = pricing.ceiling(price, body.call_input).amount_micros
-    open_call = calls.OpenCall(call_id, caller.account_id, caller.key_id, model, held_micros)
-    admission.hold(rt, caller, open_call, price, "stream" if streamed else "sync", request.claim)
+    ceiling = pricing.ceiling(price, body.call_input)
+    open_call = calls.OpenCall(call_id, caller.account_id, caller.key_id, model, ceiling.amount_micros)
+    mode: calls.Mode = "stream" if streamed else "sync"
+    admission.hold(rt, caller, open_call, price, mode, request.claim, basis=ceiling.basis)
     call = Call(open_call, price, body.call_input, dialect)
     try:
         reply = rt.fal_run.send(request.method, target, headers, body.content)

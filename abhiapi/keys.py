@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import bindparam, func, insert, or_, select, update
 
-from abhiapi import tables
+from abhiapi import prices, tables
 from abhiapi.db import Row, Tx
 from abhiapi.errors import (
     AccountSuspended,
@@ -53,7 +53,6 @@ _BY_ID = _JOINED.where(_k.key_id == bindparam("key"))
 _BY_DIGEST = _JOINED.where(_k.digest == bindparam("of_digest"))
 _OF_ACCOUNT = _JOINED.where(_k.account_id == bindparam("account")).order_by(_k.key_id)
 _ALL = _JOINED.order_by(_k.key_id)
-_o = tables.own_prices.c
 _CALLER = (
     select(
         _k.key_id,
@@ -64,7 +63,7 @@ _CALLER = (
         _a.name,
         _a.plan,
         _a.status,
-        select(func.max(_o.own_price_id)).scalar_subquery(),
+        *prices.NEWEST_ROWS,
     )
     .join_from(tables.keys, tables.accounts, _k.account_id == _a.account_id)
     .where(_k.digest == bindparam("of_digest"))
@@ -121,7 +120,7 @@ class Caller:
     account_id: int
     account: str
     plan: str
-    own_price_id: int  # the newest price of the operator's own: tells whether the catalogue is up to date
+    price_version: prices.Version  # read together with the key: tells whether the catalogue is up to date
     last_used_at: int
 
 
@@ -152,7 +151,7 @@ def authenticate(tx: Tx, key: str | None, *, now_ms: int, may_be_suspended: bool
     row = tx.one(_CALLER, of_digest=digest_of(key))
     if row is None:
         raise InvalidKey("this API key is not known here")
-    key_id, account_id, status, expires_at, last_used_at, account, plan, account_status, own_price_id = row
+    key_id, account_id, status, expires_at, last_used_at, account, plan, account_status, *newest_rows = row
     if status == "revoked":
         raise KeyRevoked("this API key was revoked: use another key of the account")
     if status == "disabled":
@@ -161,7 +160,7 @@ def authenticate(tx: Tx, key: str | None, *, now_ms: int, may_be_suspended: bool
         raise KeyExpired("this API key has expired: use another key of the account")
     if account_status != "active" and not may_be_suspended:
         raise AccountSuspended("this account is suspended: ask the operator")
-    return Caller(key_id, account_id, account, plan, own_price_id or 0, last_used_at or 0)
+    return Caller(key_id, account_id, account, plan, prices.version_from(newest_rows), last_used_at or 0)
 
 
 def create(

@@ -43,6 +43,11 @@ class Metrics:
         self.webhooks_received = Counter(
             "abhiapi_webhooks_received", "fal's deliveries to us, by our answer", ["status"], registry=self.registry
         )
+        syncs = Counter("abhiapi_price_syncs", "Times fal's prices were asked for", ["end"], registry=self.registry)
+        self.price_syncs = {end: syncs.labels(end) for end in ("done", "failed")}
+        self.prices_refused = Counter(
+            "abhiapi_prices_refused", "Prices of fal's that were not taken over", registry=self.registry
+        )
         self.fal_seconds = Histogram(
             "abhiapi_fal_seconds", "Time from sending a call to fal's whole answer", buckets=_SECONDS,
             registry=self.registry,

@@ -25,12 +25,16 @@ log = logging.getLogger("abhiapi")
 Step = Callable[[sqlite3.Connection], None]
 
 
+def _run(connection: sqlite3.Connection, script: str) -> None:
+    for statement in statements(script):
+        connection.execute(statement)
+
+
 def _of_file(name: str) -> Step:
     """A step that runs the SQL statements of a file in upgrades/, which never changes once it has shipped."""
 
     def step(connection: sqlite3.Connection) -> None:
-        for statement in statements(resources.files("abhiapi").joinpath("upgrades", name).read_text("utf-8")):
-            connection.execute(statement)
+        _run(connection, resources.files("abhiapi").joinpath("upgrades", name).read_text("utf-8"))
 
     return step
 
@@ -39,6 +43,7 @@ def _of_file(name: str) -> Step:
 STEPS: tuple[Step, ...] = (
     _of_file("0002-idempotency-keys.sql"),
     _of_file("0003-webhooks.sql"),
+    _of_file("0004-fal-prices.sql"),
 )
 VERSION = 1 + len(STEPS)
 

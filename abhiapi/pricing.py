@@ -1,4 +1,4 @@
-"""What a call may cost and what it did cost: price rules, the catalogue, `ceiling` and `charge`.
+"""What a call may cost and what it did cost: the catalogue, `ceiling` and `charge`.
 
 Pure: values in, values out; no clock, database or network. Prices are Decimals in USD per unit, made from strings.
 fal's billable units are price-normalised (fal-protocol 8.2): units x unit price is the cost whatever the unit is
@@ -8,16 +8,12 @@ in `estimates` serve for holds, and for charges only where fal sent no usable un
 
 from __future__ import annotations
 
-import re
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from datetime import date
+from dataclasses import replace
 from decimal import Decimal, localcontext
-from importlib import resources
-from typing import Any, TypeVar
+from functools import lru_cache
 
-from abhiapi.errors import BadAmount, PriceFileError, UnpricedModel
+from abhiapi.errors import BadAmount, UnpricedModel
 from abhiapi.estimates import (
     IMAGE_SIZES,
     KINDS,
@@ -29,15 +25,33 @@ from abhiapi.estimates import (
     units_ceiling,
     units_from_answer,
 )
-from abhiapi.money import EXACT, MICROS_MAX, Micros, credits_text, parse_amount, product_micros
+from abhiapi.money import EXACT, MICROS_MAX, Micros, credits_text, product_micros
+from abhiapi.price_file import load_rules, shipped_rules
+from abhiapi.price_terms import (
+    MODEL_ID,
+    NO_COSTS,
+    PATTERN,
+    Ceiling,
+    Costs,
+    FalPrice,
+    OwnPrice,
+    Price,
+    PriceRule,
+    parse_price,
+    shown,
+)
 
 __all__ = [
     "IMAGE_SIZES",
     "KINDS",
     "MODEL_ID",
+    "NO_COSTS",
+    "PATTERN",
     "Catalogue",
     "Ceiling",
+    "Costs",
     "Estimate",
+    "FalPrice",
     "Json",
     "Kind",
     "OwnPrice",
@@ -49,99 +63,62 @@ __all__ = [
     "decimal_text",
     "load_rules",
     "parse_price",
+    "plain",
     "shipped_rules",
     "shown",
     "units_from_answer",
 ]
 
-# A price may not be larger than this: the product with any plausible units still fits the ledger.
-UNIT_PRICE_MAX = Decimal(100_000)
-
-_PRICE = re.compile(r"[0-9]{1,6}(\.[0-9]{1,12})?")
-MODEL_ID = re.compile(r"[\w.-]+(/[\w.-]+)+", re.ASCII)
-_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
-_TOML_NAMES: Mapping[type, str] = {str: "text", list: "list", dict: "table"}
-
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class PriceRule:
-    """fal's price of one model as last seen: USD per unit, where it was read and when."""
-
-    model: str
-    unit: str
-    fal_unit_price_usd: Decimal
-    source: str
-    seen: str
-    estimate: Estimate
-    hold_micros: Micros | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class OwnPrice:
-    """The operator's own price of a model: an absolute unit price, or a margin over fal's; optionally a fixed hold."""
-
-    model: str
-    unit: str | None
-    unit_price_usd: Decimal | None
-    margin: Decimal | None
-    hold_micros: Micros | None
-    updated_at: str
-
-
-@dataclass(frozen=True, slots=True)
-class Price:
-    """The price a call is admitted under. ``unit_price_usd`` is what the customer pays per unit."""
-
-    model: str
-    unit: str
-    unit_price_usd: Decimal
-    fal_unit_price_usd: Decimal | None
-    margin: Decimal | None
-    hold_micros: Micros | None
-    source: str
-    updated_at: str
-    estimate: Estimate
-
-    def identity(self) -> tuple[str, str, str, str, str]:
-        """What a recorded price version is told apart by (texts, so that 0.10 and 0.1 stay what they were)."""
-        return (
-            self.model,
-            self.unit,
-            decimal_text(self.unit_price_usd),
-            "" if self.fal_unit_price_usd is None else decimal_text(self.fal_unit_price_usd),
-            self.source,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Ceiling:
-    """What to hold before a call, and in words how that figure came about."""
-
-    amount_micros: Micros
-    basis: str
+COSTS_ENOUGH = 100  # charged calls of a model after which their 99th percentile takes the place of a guess
+DEFAULT_HOLD_MICROS = Micros(100_000)
+# fal's price of a unit and the one a formula was written for may differ this much and still mean the same unit: a
+# promotion is a quarter, a price for a thousand instead of one is a thousandth.
+SAME_SCALE_TIMES = 5
+_RAISE_FULL_PERCENT = 100
 
 
 class Catalogue:
     """Every model that can be called, with its effective price. Immutable; a change makes a new one.
 
-    An own margin over a price of fal's that is not known (any more) prices nothing: that model is left out, and
-    named in ``unpriceable``, while all others go on being served.
+    The shipped rules, over them what fal's own API said (`synced`), over that the operator's prices: a model's own
+    before those of a pattern, a longer pattern before a shorter. An own margin over a price of fal's that is not
+    known (any more) prices nothing: that model is left out, and named in ``unpriceable``, while all others go on
+    being served. A pattern prices only models that are known.
     """
 
-    def __init__(self, rules: Iterable[PriceRule], own: Iterable[OwnPrice], margin: Decimal) -> None:
+    def __init__(
+        self,
+        rules: Iterable[PriceRule],
+        own: Iterable[OwnPrice],
+        margin: Decimal,
+        *,
+        synced: Iterable[FalPrice] = (),
+        costs: Mapping[str, Costs] | None = None,
+        default_hold_micros: Micros = DEFAULT_HOLD_MICROS,
+    ) -> None:
         by_model = {rule.model: rule for rule in rules}
-        prices = {model: _mirrored(rule, margin) for model, rule in by_model.items()}
+        for word in synced:
+            rule = _overlaid(by_model.get(word.model), word, default_hold_micros)
+            if rule is not None:
+                by_model[word.model] = rule
+        exact, patterns = _by_name(own)
+        prices: dict[str, Price] = {}
         unpriceable = []
-        for mine in own:
-            price = _overridden(by_model.get(mine.model), mine, margin)
-            if price is None:
-                unpriceable.append(mine.model)
+        for model in by_model.keys() | exact.keys():
+            rule = by_model.get(model)
+            mine = exact.get(model) or _first_match(patterns, model)
+            if mine is None:
+                price = None if rule is None else _mirrored(rule, margin)
             else:
-                prices[mine.model] = price
+                price = _overridden(rule, replace(mine, model=model), margin)
+            if price is None:
+                unpriceable.append(model)
+            elif costs and model in costs:
+                prices[model] = replace(price, costs=costs[model])
+            else:
+                prices[model] = price
         self._prices = prices
-        self.unpriceable = tuple(unpriceable)
+        self.unpriceable = tuple(sorted(unpriceable))
 
     def price_of(self, model: str) -> Price:
         """The price of a model (a full endpoint id). Raises `UnpricedModel`: an unknown price is never free."""
@@ -166,17 +143,32 @@ class Catalogue:
 def ceiling(price: Price, call_input: Json) -> Ceiling:
     """The most this call should cost: what to hold before fal hears of it. Never raises for bad input.
 
-    Parameters that fal would refuse are taken at their dearest; sizes and counts are clamped, so that an absurd
-    ``num_images`` asks for an absurd hold (and gets 402), never for a negative or wrapped one.
+    The operator's fixed hold; else the model's own formula, raised where a charge passed one lately; else, where the
+    parameters do not tell, what 99 of 100 calls of the model cost here; else a guess. Parameters that fal would
+    refuse are taken at their dearest; sizes and counts are clamped, so that an absurd ``num_images`` asks for an
+    absurd hold (and gets 402), never for a negative or wrapped one.
     """
-    if price.hold_micros is not None:
-        return Ceiling(price.hold_micros, f"fixed hold of {credits_text(price.hold_micros)} credits for this model")
+    costs, fixed = price.costs, price.hold_micros
+    if fixed is not None and not price.hold_is_guess:
+        return Ceiling(fixed, f"fixed hold of {credits_text(fixed)} credits for this model")
     units, words = units_ceiling(price.estimate, call_input)
     try:
         amount = product_micros(units, price.unit_price_usd)
     except BadAmount:
         amount = MICROS_MAX
-    return Ceiling(amount, f"{words} = {decimal_text(units)} x {decimal_text(price.unit_price_usd)} USD ({price.unit})")
+    if fixed is not None:
+        amount = max(fixed, amount) if price.estimate.is_guess else fixed
+        words = f"{credits_text(amount)} credits, a guess until {COSTS_ENOUGH} calls of this model have been charged"
+        return _guessed(Ceiling(amount, words), costs)
+    basis = f"{words} = {decimal_text(units)} x {decimal_text(price.unit_price_usd)} USD ({price.unit})"
+    if price.estimate.is_guess:
+        return _guessed(Ceiling(amount, basis), costs)
+    if costs.raised_percent > _RAISE_FULL_PERCENT and amount < MICROS_MAX:
+        amount = Micros(min(MICROS_MAX, -(-amount * costs.raised_percent // 100)))
+        basis += f", raised to {costs.raised_percent} % since calls cost more lately"
+    if price.estimate.kind in ("none", "output_megapixels") and costs.p99_micros > amount:
+        return Ceiling(costs.p99_micros, _p99_words(costs))
+    return Ceiling(amount, basis)
 
 
 def charge(price: Price, units: Decimal) -> Micros:
@@ -186,59 +178,100 @@ def charge(price: Price, units: Decimal) -> Micros:
     return product_micros(units, price.unit_price_usd)
 
 
-def load_rules(text: str) -> tuple[PriceRule, ...]:
-    """Price rules of a catalogue file (TOML; see prices.toml). Raises `PriceFileError` naming every problem."""
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise PriceFileError(f"the price file is not TOML: {error}") from error
-    problems: list[str] = []
-    whole = _Table("the file", document, problems)
-    rules: dict[str, PriceRule] = {}
-    for row in whole.tables("model"):
-        for rule in _parse_rules(row):
-            if rule.model in rules:
-                problems.append(f"{rule.model}: listed twice")
-            rules[rule.model] = rule
-    whole.close()
-    if problems or not rules:
-        raise PriceFileError("bad price file: " + ("; ".join(problems) or "it lists no model"))
-    return tuple(rules.values())
+def replayed_usd(fal_cost_nano_usd: int, margin: Decimal) -> Decimal:
+    """What usage of this cost at fal would have been sold for under a margin, exactly."""
+    with localcontext(EXACT):
+        return Decimal(fal_cost_nano_usd).scaleb(-9) * (1 + margin)
 
 
-def shipped_rules() -> tuple[PriceRule, ...]:
-    """The catalogue that comes with this version of the program."""
-    return load_rules(resources.files("abhiapi").joinpath("prices.toml").read_text("utf-8"))
+def plain(value: Decimal) -> Decimal:
+    """The same number without an exponent or trailing zeros, as people read it."""
+    return Decimal(decimal_text(value))
 
 
-def parse_price(text: str) -> Decimal:
-    """USD per unit or a margin from text. Raises ValueError for what is negative, not plain, or absurd."""
-    if not _PRICE.fullmatch(text):
-        raise ValueError(f"{shown(text)!r} is not a plain non-negative decimal")
-    value = Decimal(text)
-    if value > UNIT_PRICE_MAX:
-        raise ValueError(f"{text} is larger than {UNIT_PRICE_MAX} USD")
-    return value
+def _guessed(guess: Ceiling, costs: Costs) -> Ceiling:
+    """A hold that no parameter tells: what calls really cost as soon as enough have been seen."""
+    if costs.calls >= COSTS_ENOUGH:
+        return Ceiling(costs.p99_micros, _p99_words(costs))
+    if costs.largest_micros > guess.amount_micros:
+        calls = f"{costs.calls} call{'' if costs.calls == 1 else 's'}"
+        words = f"the dearest of {calls} of this model: up to {credits_text(costs.largest_micros)} credits"
+        return Ceiling(costs.largest_micros, words)
+    return guess
 
 
-def shown(text: str) -> str:
-    """Text from outside, short enough for a message."""
-    return text if len(text) <= 120 else text[:117] + "..."
+def _p99_words(costs: Costs) -> str:
+    amount = credits_text(costs.p99_micros)
+    return f"99 of 100 calls of this model cost up to {amount} credits ({costs.calls} calls seen)"
+
+
+def _by_name(own: Iterable[OwnPrice]) -> tuple[dict[str, OwnPrice], list[OwnPrice]]:
+    """Own prices of single models, and those of patterns, the most specific first."""
+    exact, patterns = {}, []
+    for mine in own:
+        if mine.model.endswith("*"):
+            patterns.append(mine)
+        else:
+            exact[mine.model] = mine
+    return exact, sorted(patterns, key=lambda mine: len(mine.model), reverse=True)
+
+
+def _first_match(patterns: Iterable[OwnPrice], model: str) -> OwnPrice | None:
+    return next((mine for mine in patterns if model.startswith(mine.model[:-1])), None)
+
+
+def _overlaid(rule: PriceRule | None, word: FalPrice, default_hold_micros: Micros) -> PriceRule | None:
+    """A rule with fal's own price in it: the API wins. None where neither knows a price.
+
+    The formula stays while fal's unit is worth about what the rule's was. Where it is not, the formula counts other
+    units than fal does: it is scaled so that a hold is no smaller than before, and computes no charge any more.
+    """
+    price = word.usable_usd
+    if price is None:
+        return rule
+    if rule is None:
+        estimate = estimate_by_unit(word.unit)
+        hold = default_hold_micros if estimate is None else None
+        unknown = estimate or _TWO_UNITS
+        return PriceRule(word.model, word.unit, price, word.source, word.updated_at, unknown, hold)
+    before, estimate = rule.fal_unit_price_usd, rule.estimate
+    if not price <= before * SAME_SCALE_TIMES or not before <= price * SAME_SCALE_TIMES:
+        estimate = replace(estimate, is_guess=True)
+        if 0 < price < before:
+            estimate = _scaled(estimate, before, price)
+    return replace(
+        rule,
+        unit=word.unit,
+        fal_unit_price_usd=price,
+        source=word.source,
+        seen=word.updated_at,
+        estimate=estimate,
+    )
+
+
+def _scaled(estimate: Estimate, before: Decimal, now: Decimal) -> Estimate:
+    with localcontext(EXACT):
+        times = before / now
+        rates = tuple(Rate(rate.units * times, rate.when) for rate in estimate.rates)
+        return replace(estimate, rates=rates, surcharge=estimate.surcharge * times)
+
+
+def _with_margin(fal_price: Decimal, margin: Decimal) -> Decimal:
+    return EXACT.multiply(fal_price, EXACT.add(1, margin))
 
 
 def _mirrored(rule: PriceRule, margin: Decimal) -> Price:
-    with localcontext(EXACT):
-        unit_price = rule.fal_unit_price_usd * (1 + margin)
     return Price(
         model=rule.model,
         unit=rule.unit,
-        unit_price_usd=unit_price,
+        unit_price_usd=_with_margin(rule.fal_unit_price_usd, margin),
         fal_unit_price_usd=rule.fal_unit_price_usd,
         margin=margin,
         hold_micros=rule.hold_micros,
         source=rule.source,
         updated_at=rule.seen,
         estimate=rule.estimate,
+        hold_is_guess=rule.hold_micros is not None,
     )
 
 
@@ -252,8 +285,7 @@ def _overridden(rule: PriceRule | None, mine: OwnPrice, margin: Decimal) -> Pric
         return None
     else:
         own_margin = margin if mine.margin is None else mine.margin
-        with localcontext(EXACT):
-            unit_price = fal_price * (1 + own_margin)
+        unit_price = _with_margin(fal_price, own_margin)
     unit = mine.unit or (rule.unit if rule else "units")
     hold = mine.hold_micros if mine.hold_micros is not None else (rule.hold_micros if rule else None)
     return Price(
@@ -265,141 +297,32 @@ def _overridden(rule: PriceRule | None, mine: OwnPrice, margin: Decimal) -> Pric
         hold_micros=hold,
         source="operator",
         updated_at=mine.updated_at,
-        estimate=rule.estimate if rule else _estimate_by_unit(unit),
+        estimate=rule.estimate if rule else (estimate_by_unit(unit) or _FOUR_UNITS),
+        hold_is_guess=mine.hold_micros is None and hold is not None,
     )
 
 
-def _estimate_by_unit(unit: str) -> Estimate:
-    """A hold for a model of which only the unit's name is known. Never used to compute a charge: see `kind`."""
-    maxima = {"megapixels": Decimal(4), "seconds": Decimal(15), "compute seconds": Decimal(60)}
-    return Estimate(kind="none", maximum=maxima.get(unit, Decimal(4)))
+_TWO_UNITS = Estimate(kind="none", maximum=Decimal(2), is_guess=True)  # where that is more than the default hold
+_FOUR_UNITS = Estimate(kind="none", maximum=Decimal(4), is_guess=True)
 
 
-class _Table:
-    """A table of a price file, read field by field. Problems are gathered, not raised, so that all are told."""
+@lru_cache(maxsize=1024)
+def estimate_by_unit(unit: str) -> Estimate | None:
+    """A hold for a model of which only the unit's name is known; None where the name says nothing.
 
-    def __init__(self, name: str, content: Mapping[str, Any], problems: list[str]) -> None:
-        self.name = name
-        self._left = dict(content)
-        self.problems = problems
-
-    def problem(self, text: str) -> None:
-        self.problems.append(f"{self.name}: {text}")
-
-    def has(self, field: str) -> bool:
-        return field in self._left
-
-    def take(self, field: str, kind: type[_T], otherwise: _T) -> _T:
-        """The field's value; ``otherwise`` where it is missing or, with a problem noted, of another type."""
-        value = self._left.pop(field, otherwise)
-        if isinstance(value, kind):
-            return value
-        self.problem(f"{field} is no {_TOML_NAMES[kind]}")
-        return otherwise
-
-    def text(self, field: str) -> str:
-        found = self.has(field)
-        value = self.take(field, str, "")
-        if not found:
-            self.problem(f"{field} is missing")
-        return value
-
-    def price(self, field: str, otherwise: str) -> Decimal:
-        """A plain decimal; zero, with a problem noted, where it is none."""
-        try:
-            return parse_price(self.take(field, str, otherwise))
-        except ValueError as error:
-            self.problem(f"{field}: {error}")
-            return Decimal(0)
-
-    def scalars(self, field: str) -> Mapping[str, str | bool]:
-        """A table of parameters: texts and booleans, numbers written as texts."""
-        values = self.take(field, dict, {})
-        for name, value in values.items():
-            if not isinstance(value, str | bool):
-                self.problem(f"{field}.{name} is neither a text nor a boolean")
-        return values
-
-    def tables(self, field: str) -> list[_Table]:
-        rows = self.take(field, list, [])
-        if not all(isinstance(row, dict) for row in rows):
-            self.problem(f"{field} is no list of tables")
-            return []
-        return [_Table(f"{self.name}, {field} {number}", row, self.problems) for number, row in enumerate(rows, 1)]
-
-    def close(self) -> None:
-        """To be called last: what nobody took is a typing error."""
-        for field in self._left:
-            self.problem(f"unknown field {field}")
-
-
-def _parse_rules(row: _Table) -> list[PriceRule]:
-    """One rule for each of the models that an entry names."""
-    models = [row.text("id")] if row.has("id") or not row.has("ids") else row.take("ids", list, [])
-    row.name = str(models[0]) if models else row.name
-    for model in models:
-        if not (isinstance(model, str) and MODEL_ID.fullmatch(model)):
-            row.problem(f"{shown(str(model))!r} is no model id")
-    unit, source, seen = row.text("unit"), row.text("source"), row.text("seen")
-    try:
-        date.fromisoformat(seen)
-    except ValueError:
-        row.problem(f"seen {seen!r} is no date such as 2026-09-05")
-    unit_price = row.price("unit_price_usd", "")
-    hold = _parse_hold(row)
-    estimate = _parse_estimate(row, needs_maximum=hold is None)
-    row.close()
-    return [PriceRule(str(model), unit, unit_price, source, seen, estimate, hold) for model in models]
-
-
-def _parse_hold(row: _Table) -> Micros | None:
-    if not row.has("hold_credits"):
-        return None
-    try:
-        return parse_amount(row.take("hold_credits", str, ""))
-    except BadAmount as error:
-        row.problem(f"hold_credits: {error}")
-        return None
-
-
-def _parse_estimate(row: _Table, *, needs_maximum: bool) -> Estimate:
-    table = _Table(row.name + ", estimate", row.take("estimate", dict, {}), row.problems)
-    kind = table.text("kind")
-    if kind not in KINDS:
-        table.problem(f"kind {kind!r} is none of {', '.join(KINDS)}")
-    if needs_maximum and kind not in ("images", "fixed") and not table.has("maximum"):
-        table.problem(f"kind {kind} needs a maximum")  # else an `auto` would hold for one second or megapixel
-    if kind == "tokens" and not table.has("size_by_resolution"):
-        table.problem("kind tokens needs size_by_resolution")
-    estimate = Estimate(
-        kind=kind,  # type: ignore[arg-type]  # one of KINDS, or a problem was noted and nothing is returned
-        rates=tuple(_parse_rate(rate) for rate in table.tables("rates")) or (Rate(Decimal(1)),),
-        defaults=table.scalars("defaults"),
-        maximum=table.price("maximum", "1"),
-        count_param=table.take("count_param", str, "num_images"),
-        size_by_resolution=_parse_sizes(table),
-        batch_param=table.take("batch_param", str, "") or None,
-        text_param=table.take("text_param", str, "text"),
-        surcharge=table.price("surcharge", "0"),
-        open_params=tuple(map(str, table.take("open_params", list, []))),
-    )
-    table.close()
-    return estimate
-
-
-def _parse_rate(table: _Table) -> Rate:
-    rate = Rate(table.price("units", ""), table.scalars("when"))
-    table.close()
-    return rate
-
-
-def _parse_sizes(table: _Table) -> Mapping[str, int]:
-    """Pixels of a frame by resolution, from texts such as ``1280x720``."""
-    sizes = {}
-    for resolution, text in table.scalars("size_by_resolution").items():
-        match = _SIZE.fullmatch(str(text))
-        if match is None:
-            table.problem(f"size_by_resolution.{resolution} is no size such as 1280x720")
-        else:
-            sizes[resolution.lower()] = int(match[1]) * int(match[2])
-    return sizes
+    Never used to compute a charge: fal's units are price-normalised, and the name is free text (fal-protocol 8.3).
+    """
+    name = unit.lower().strip()
+    match name.removesuffix("s"):
+        case "megapixel":
+            return Estimate(kind="none", maximum=Decimal(4), is_guess=True)
+        case "second":
+            return Estimate(kind="none", maximum=Decimal(15), is_guess=True)
+        case "compute second":
+            return Estimate(kind="none", maximum=Decimal(60), is_guess=True)
+        case "image":  # the dearest resolution of those that are known costs twice the plain one
+            return Estimate(kind="none", maximum=Decimal(2), is_guess=True)
+        case "1000 character":
+            return Estimate(kind="characters", maximum=Decimal(5), is_guess=True)
+        case _:
+            return None

@@ -91,13 +91,13 @@ def _submit(
     if request.method not in _SUBMITTING:
         raise MethodNotAllowed("a job is submitted with POST")
     model, _ = wire.endpoint_of(path)
-    price = rt.catalogue(caller.own_price_id).price_of(model)
+    price = rt.catalogue(caller.price_version).price_of(model)
     query, webhook_url = wished(rt, call_id, wire.forwarded_query(request.query))
     headers = wire.request_headers(request.headers.items())
     body = request.read_body()
-    held_micros = pricing.ceiling(price, body.call_input).amount_micros
-    open_call = calls.OpenCall(call_id, caller.account_id, caller.key_id, model, held_micros)
-    admission.hold(rt, caller, open_call, price, "queue", request.claim)
+    ceiling = pricing.ceiling(price, body.call_input)
+    open_call = calls.OpenCall(call_id, caller.account_id, caller.key_id, model, ceiling.amount_micros)
+    admission.hold(rt, caller, open_call, price, "queue", request.claim, basis=ceiling.basis)
     call = Call(open_call, price, body.call_input, dialect, webhook_url=webhook_url)
     try:
         reply = rt.fal_queue.send(request.method, path + ("?" + query if query else ""), headers, body.content)

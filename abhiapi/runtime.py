@@ -36,6 +36,7 @@ SETTLE_PATIENCE_S = 60  # how long a finished call's charge may wait before its 
 SETTLE_LATER_S = 7 * 86_400  # and how long it is tried after that
 HEALTH_PATIENCE_S = 1
 REST_TIMEOUT_S = 30  # longest wait for fal's upload service, which only signs an address
+CATALOGUE_LASTS_MS = 600_000
 QUEUE_TIMEOUT_S = 120  # longest wait for an answer of fal's queue, which runs nothing while one waits
 
 
@@ -68,7 +69,9 @@ class Runtime:
     webhooks_due: Event = field(default_factory=Event)  # set where a webhook may have become due
     call_ids: CallIds = field(default_factory=CallIds)
     _catalogue: pricing.Catalogue | None = None
-    _catalogue_version: int = -1
+    _catalogue_version: prices.Version = (-1, -1, -1)
+    _catalogue_at: int = 0
+    price_list: tuple[pricing.Catalogue, bytes] | None = None  # as GET /v1/prices answers it
     price_ids: dict[tuple[str, ...], int] = field(default_factory=dict)
     answering: dict[int, Event] = field(default_factory=dict)  # calls whose answer may still be kept for a repeat
     working_on: set[int] = field(default_factory=set)  # calls that this process will end: no sweep touches them
@@ -98,14 +101,15 @@ class Runtime:
         now = self.now_ms()
         return self.reader.read(lambda tx: keys.authenticate(tx, key, now_ms=now, may_be_suspended=may_be_suspended))
 
-    def catalogue(self, own_price_id: int | None = None) -> pricing.Catalogue:
-        """The prices in force. ``own_price_id`` is the newest own price if the caller has just read it."""
-        if own_price_id is None:
-            own_price_id = self.reader.read(prices.own_prices)[0]
-        if self._catalogue is None or own_price_id != self._catalogue_version:
-            version, own = self.reader.read(prices.own_prices)
-            self._catalogue = pricing.Catalogue(self.rules, own, self.settings.margin)
-            self._catalogue_version = version
+    def catalogue(self, version: prices.Version | None = None) -> pricing.Catalogue:
+        """The prices in force. ``version`` is what the caller has just read of them."""
+        if version is None:
+            version = self.reader.read(prices.version)
+        now = self.now_ms()
+        is_old = not 0 <= now - self._catalogue_at < CATALOGUE_LASTS_MS  # what calls cost is read anew now and then
+        if self._catalogue is None or version != self._catalogue_version or is_old:
+            self._catalogue = self.reader.read(lambda tx: prices.catalogue(tx, self.rules, self.settings, now_ms=now))
+            self._catalogue_version, self._catalogue_at = version, now
         return self._catalogue
 
     def close(self) -> None:

@@ -20,7 +20,8 @@ from dotenv import dotenv_values
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from abhiapi.errors import SettingsError
+from abhiapi.errors import BadAmount, SettingsError
+from abhiapi.money import Micros, parse_amount
 
 SLOW_CALLER_S = 600  # how much longer than fal a caller may take to read a large answer before it is cut off
 STALL_S = 60  # a caller that neither sends nor takes anything for this long has hung up
@@ -85,10 +86,21 @@ def webhook_secret(text: str) -> bytes:
     return secret
 
 
+def _interval(value: str) -> int:
+    return 0 if value == "0" else _whole(60, 30 * 86_400)(value)
+
+
 def _margin(value: str) -> Decimal:
     if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,9})?", value):
         raise ValueError("must be a plain decimal such as 0.05 (for 5 percent)")
     return Decimal(value)
+
+
+def _credits(value: str) -> Micros:
+    try:
+        return parse_amount(value)
+    except BadAmount as error:
+        raise ValueError("must be a number of credits above 0 such as 100") from error
 
 
 def _base_url(value: str) -> str:
@@ -167,6 +179,24 @@ class Settings:
     )
     margin: Decimal = _setting(
         "ABHIAPI_MARGIN", "0.05", "added to fal's unit price where no price of one's own is set", _margin
+    )
+    default_hold_micros: Micros = _setting(
+        "ABHIAPI_DEFAULT_HOLD",
+        "100",
+        "credits held for a call whose cost neither its input nor the calls before it tell",
+        _credits,
+    )
+    learn_holds: bool = _setting(
+        "ABHIAPI_LEARN_HOLDS",
+        "1",
+        "whether holds follow what calls of the model really cost; `0`: its formula or the default alone",
+        _flag,
+    )
+    prices_sync_s: int = _setting(
+        "ABHIAPI_PRICES_SYNC_S",
+        "86400",
+        "how often a server takes over fal's prices, seconds, at least 60; `0`: never",
+        _interval,
     )
     rate_per_minute: int = _setting(
         "ABHIAPI_RATE_PER_MINUTE", "30", "calls in any minute, per key, free plan", _whole(1, 10**9)

@@ -41,6 +41,13 @@ own_prices = _table(
     "own_prices",
     "own_price_id:int! model:text unit:text? unit_price_usd:text? margin:text? hold_micros:int? created_at:int",
 )
+fal_prices = _table(
+    "fal_prices",
+    "fal_price_id:int! model:text unit:text unit_price_usd:text? standing:text source:text seen_at:int",
+)
+observed_costs = _table("observed_costs", "model:text! up_to_micros:int! calls:int over_hold:int last_call_id:int")
+hold_raises = _table("hold_raises", "raise_id:int! model:text percent:int created_at:int")
+timers = _table("timers", "name:text! due_at:int claimed_until:int done_at:int?")
 processes = _table("processes", "process_id:int! pid:int started_at:int seen_at:int ended_at:int?")
 calls = _table(
     "calls",

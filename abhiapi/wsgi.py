@@ -10,11 +10,12 @@ from time import monotonic
 
 import gevent
 
-from abhiapi import reconcile, runtime, sweep, webhook_delivery
+from abhiapi import reconcile, runtime, sweep, sync, webhook_delivery
 from abhiapi.errors import AbhiError
 from abhiapi.settings import Settings
 from abhiapi.web import create_app
 
+PRICES_LOOK_S = 60  # how often a server looks whether fal's prices are due
 ROUND_PAUSE_S = 0.5  # between rounds of the reconciler that take as long as the interval
 
 
@@ -44,9 +45,23 @@ def reconcile_for_ever(rt: runtime.Runtime) -> None:
         gevent.sleep(max(ROUND_PAUSE_S, rt.settings.reconcile_interval_s - (monotonic() - started)))
 
 
+def sync_for_ever(rt: runtime.Runtime) -> None:
+    """Take fal's prices over when they are due: at the very first start, and then from day to day."""
+    while True:
+        try:
+            sync.run_if_due(rt)
+        except AbhiError as error:
+            runtime.log.warning("fal's prices will be asked for again: %s", error.message)
+        except Exception:  # as above: without this line prices would drift from fal's in silence
+            runtime.log.exception("taking fal's prices over failed and will be tried again")
+        gevent.sleep(min(PRICES_LOOK_S, rt.settings.prices_sync_s))
+
+
 rt = runtime.start(Settings.from_env())
 sweep.run_once(rt)  # holds of a process that was killed end before the first call comes in
 gevent.spawn(sweep_for_ever, rt)
 gevent.spawn(reconcile_for_ever, rt)
 gevent.spawn(webhook_delivery.Deliveries(rt).run_for_ever)
+if rt.settings.prices_sync_s:
+    gevent.spawn(sync_for_ever, rt)
 app = create_app(rt)

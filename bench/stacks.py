@@ -92,6 +92,7 @@ def abhiapi(stub: Stub, folder: Path, core: int) -> Iterator[Running]:
         "ABHIAPI_DATABASE_URL": f"sqlite:///{folder / 'abhi.db'}",
         "ABHIAPI_FAL_RUN_URL": stub.url,
         "ABHIAPI_FAL_QUEUE_URL": f"{stub.url}/queue",
+        "ABHIAPI_PRICES_SYNC_S": "0",
         "ABHIAPI_RATE_PER_MINUTE": "1000000000",
         "ABHIAPI_CONCURRENCY": "100000",
         # It runs in the temporary folder, so that no .env of this checkout joins in; the workers import from here.

@@ -227,6 +227,9 @@ class Server:
                 "ABHIAPI_FAL_RUN_URL": fal_url,
                 "ABHIAPI_FAL_QUEUE_URL": f"{fal_url}/queue",
                 "ABHIAPI_FAL_REST_URL": f"{fal_url}/rest",
+                "ABHIAPI_FAL_API_URL": f"{fal_url}/v1",
+                "ABHIAPI_PRICES_SYNC_S": "0",
+                "ABHIAPI_LEARN_HOLDS": "0",  # else what fal is made to bill in one test changes the holds of the next
                 "ABHIAPI_RATE_PER_MINUTE": "100000",
                 "ABHIAPI_CONCURRENCY": "1000",
             }

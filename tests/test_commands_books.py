@@ -293,7 +293,7 @@ def test_own_hold_stays_until_it_is_taken_back(cli: CommandLine) -> None:
 )
 def test_price_that_is_none_is_wrong_usage_and_changes_nothing(cli: CommandLine, arguments: list[str]) -> None:
     cli("prices", "set", MODEL, *arguments).misused()
-    assert cli.database.read(prices.own_prices) == (0, [])
+    assert cli.database.read(prices.own_prices) == []
 
 
 def test_margin_over_an_unknown_price_is_refused(cli: CommandLine) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from abhiapi import timers
 from abhiapi.commands import checks, session
 from abhiapi.metering import Verdict
 from abhiapi.migrations import VERSION, migrate
@@ -105,6 +106,15 @@ def test_doctor_sees_what_is_wrong_with_the_database(
     connection.execute(statement)
     connection.close()
     assert {check for check, told in checked(cli).items() if told["status"] == "fail"} == {name}
+
+
+def test_doctor_warns_of_prices_that_nobody_took_over_for_days(cli: CommandLine) -> None:
+    day_ms, now = 86_400_000, session.now_ms()
+    cli.database.write(lambda tx: timers.done(tx, "prices", now_ms=now - day_ms, due_in_ms=day_ms))
+    assert checked(cli)["prices"]["status"] == "ok"
+    cli.database.write(lambda tx: timers.done(tx, "prices", now_ms=now - 3 * day_ms, due_in_ms=day_ms))
+    assert checked(cli)["prices"]["status"] == "warn"
+    assert checked(cli, ABHIAPI_PRICES_SYNC_S="0")["prices"]["status"] == "ok"
 
 
 def test_doctor_warns_of_free_models(cli: CommandLine) -> None:

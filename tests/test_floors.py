@@ -19,24 +19,25 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
     tuple(floor.split())
     for floor in (
         """
-        errors money ids estimates pricing metering
+        errors money ids estimates price_terms price_file price_sync pricing metering
         jsonbytes encodings eventstream
         wire queuewire webhookwire target addresses
         """,
         """
         settings tables db migrations committer
-        http_parser http_adapter fal fal_keys
+        http_parser http_adapter fal fal_keys platform_api
         signing outbound
         metrics polls
         """,
         """
-        ledger calls jobs idempotency keys accounts prices processes
+        ledger calls jobs idempotency keys accounts processes
+        prices fal_prices costs timers
         reports audit shapes webhooks
         """,
         """
         limits runtime admission replay
         gateway queue_gateway upload_gateway
-        settlement reconcile sweep
+        settlement reconcile sweep sync
         webhook_intake webhook_delivery
         """,
         "web commands serving wsgi gunicorn_config worker sandbox",

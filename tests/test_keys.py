@@ -111,7 +111,7 @@ def test_an_active_key_tells_who_is_calling(customer: Customer) -> None:
     assert (caller.key_id, caller.account_id, caller.account, caller.plan) == (
         customer.key_id, customer.account_id, "ann", "free",
     )  # fmt: skip
-    assert (caller.own_price_id, caller.last_used_at) == (0, 0)
+    assert (caller.price_version, caller.last_used_at) == ((0, 0, 0), 0)
 
 
 def _set_status(status: str) -> Callable[[Tx, keys.Key], Any]:

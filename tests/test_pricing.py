@@ -162,7 +162,11 @@ def test_the_basis_of_a_hold_is_told_in_words() -> None:
         (price_of(SECONDS), {"duration": "8s"}, "8 s = 8.25 x 0.105 USD (things)"),
         (price_of(TEXT), {"text": "x" * 1500}, "up to 2000 characters = 2 x 0.105 USD (things)"),
         (price_of(UNKNOWN), {}, "the most to be expected = 3 x 0.105 USD (things)"),
-        (price_of(UNKNOWN, hold=Micros(26_250)), {}, "fixed hold of 26.25 credits for this model"),
+        (
+            price_of(UNKNOWN, hold=Micros(26_250)),
+            {},
+            "26.25 credits, a guess until 100 calls of this model have been charged",
+        ),
         (price_of(Estimate(kind="fixed")), {}, "one call = 1 x 0.105 USD (things)"),
         (price_of(TOKENS), {"duration": 4}, "4 s of video tokens = 87.3 x 0.105 USD (things)"),
     ]

@@ -17,6 +17,9 @@ from abhiapi.migrations import schema_sql
 from tests.harness import Clock
 from tests.rows import Customer
 
+FAL_PRICE = (
+    "INSERT INTO fal_prices (model, unit, unit_price_usd, standing, source, seen_at) VALUES ('m', 'u', {}, 's', 1)"
+)
 KINDS = {"INTEGER": "BIGINT", "TEXT": "TEXT", "BLOB": "BLOB"}
 
 
@@ -30,6 +33,7 @@ def raw(database: Database, clock: Clock) -> Iterator[sqlite3.Connection]:
     with closing(sqlite3.connect(database.path, isolation_level=None)) as connection:
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("INSERT INTO own_prices (model, created_at) VALUES ('m', 1)")
+        connection.execute(FAL_PRICE.format("'0.1', 'priced'"))
         yield connection
 
 
@@ -82,6 +86,12 @@ ENTRY = (
         ("UPDATE price_versions SET unit_price_usd = '0'", "never changed"),
         ("DELETE FROM price_versions", "never deleted"),
         ("UPDATE own_prices SET margin = '0'", "appended to"),
+        ("UPDATE fal_prices SET unit_price_usd = '0'", "appended to"),
+        ("DELETE FROM fal_prices", "never deleted"),
+        (FAL_PRICE.format("NULL, 'priced'"), "CHECK"),
+        (FAL_PRICE.format("'1', 'free'"), "CHECK"),
+        ("INSERT INTO observed_costs VALUES ('m', 0, 1, 0, 1)", "CHECK"),
+        ("INSERT INTO hold_raises (model, percent, created_at) VALUES ('m', 100, 1)", "CHECK"),
         ("DELETE FROM calls", "never deleted"),
         ("DELETE FROM accounts", "never deleted"),
         (f"UPDATE calls SET state = 'released', charged_micros = 0 WHERE call_id = {SETTLED}", "exactly once"),

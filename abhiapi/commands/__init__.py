@@ -19,6 +19,8 @@ from abhiapi.commands.keys import keys
 from abhiapi.commands.ledger import ledger
 from abhiapi.commands.money import adjust, balance, refund, topup
 from abhiapi.commands.output import Program
+from abhiapi.commands.price_checks import check_prices, replay_prices
+from abhiapi.commands.price_sync import diff_prices, sync_prices
 from abhiapi.commands.prices import estimate, prices
 from abhiapi.commands.reconcile import reconcile
 from abhiapi.commands.serve import sandbox, serve
@@ -54,3 +56,5 @@ for _command in (
     *(prices, estimate, reconcile, doctor, backup, restore, sandbox),
 ):
     main.add_command(_command)
+for _command in (sync_prices, diff_prices, check_prices, replay_prices):
+    prices.add_command(_command)

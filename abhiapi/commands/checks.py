@@ -17,15 +17,17 @@ from typing import Literal
 
 from dotenv import dotenv_values
 
-from abhiapi import audit, prices, pricing, reports, serving, signing
+from abhiapi import audit, prices, pricing, reports, serving, signing, sync, timers
 from abhiapi.db import APPLICATION_ID, CLI_PATIENCE_S, Database, Tx
 from abhiapi.errors import AbhiError, DatabaseUnavailable, SettingsError
+from abhiapi.ids import time_text
 from abhiapi.migrations import VERSION
 from abhiapi.settings import Settings, variables
 
 Status = Literal["ok", "warn", "fail"]
 
 HOLD_AGE_MAX_MS = 3_600_000  # no call is served for an hour
+SYNCS_MISSED_MAX = 2
 DISK_FREE_LOW_BYTES = 1024**3
 DISK_FREE_LEAST_BYTES = 100 * 1024**2
 
@@ -56,7 +58,7 @@ def examine(now_ms: int) -> Iterator[Check]:
     yield _disk(database.path)
     if not database.exists():
         yield from _absent(database.path)
-        yield _tried("prices", lambda: _prices(settings, []))
+        yield _tried("prices", lambda: _prices(_shipped(settings), 0))
         return
     version = _tried("database", lambda: _version(database))
     yield version
@@ -64,7 +66,7 @@ def examine(now_ms: int) -> Iterator[Check]:
         return
     yield _tried("webhook key", lambda: _webhook_key(settings, database.path))
     yield _tried("writing", lambda: _writable(database))
-    yield _tried("prices", lambda: _prices(settings, database.read(prices.own_prices)[1]))
+    yield _tried("prices", lambda: database.read(lambda tx: _current(tx, settings, now_ms)))
     yield _tried("holds", lambda: _holds(database.read(reports.open_holds), now_ms))
     yield _tried("ledger", lambda: database.read(_ledger))
 
@@ -185,15 +187,30 @@ def _webhook_key(settings: Settings, path: Path) -> Check:
     )
 
 
-def _prices(settings: Settings, own: list[pricing.OwnPrice]) -> Check:
-    catalogue = pricing.Catalogue(pricing.shipped_rules(), own, settings.margin)
+def _shipped(settings: Settings) -> pricing.Catalogue:
+    return pricing.Catalogue(pricing.shipped_rules(), (), settings.margin)
+
+
+def _current(tx: Tx, settings: Settings, now_ms: int) -> Check:
+    catalogue = prices.catalogue(tx, pricing.shipped_rules(), settings, now_ms=now_ms)
+    done_at = timers.done_at(tx, sync.TIMER)
+    check = _prices(catalogue, len(prices.own_prices(tx)))
+    if check.status == "ok" and done_at is not None and settings.prices_sync_s:
+        late_ms = now_ms - done_at - SYNCS_MISSED_MAX * settings.prices_sync_s * 1000
+        if late_ms > 0:
+            since = f"fal's prices were last taken over at {time_text(done_at)}"
+            return Check("prices", "warn", f"{since}: run `abhiapi prices sync` to see why, or start the server")
+    return check
+
+
+def _prices(catalogue: pricing.Catalogue, own: int) -> Check:
     if catalogue.unpriceable:
         lost = ", ".join(catalogue.unpriceable)
         return Check("prices", "fail", f"a margin over a price of fal's that is not known: {lost} (set --unit-price)")
     free = [price.model for price in catalogue if price.unit_price_usd == 0]
     if free:
         return Check("prices", "warn", f"free of charge: {', '.join(free)} (`abhiapi prices set` changes that)")
-    return Check("prices", "ok", f"{len(catalogue)} models, {len(own)} of them with your own price")
+    return Check("prices", "ok", f"{len(catalogue)} models, {own} own prices")
 
 
 def _holds(rows: list[reports.CallRow], now_ms: int) -> Check:

@@ -12,18 +12,25 @@ if TYPE_CHECKING:
     from abhiapi import accounts as accounts
     from abhiapi import audit as audit
     from abhiapi import calls as calls
+    from abhiapi import costs as costs
     from abhiapi import db as db
+    from abhiapi import fal_prices as fal_prices
+    from abhiapi import ids as ids
     from abhiapi import jsonbytes as jsonbytes
     from abhiapi import keys as keys
     from abhiapi import ledger as ledger
     from abhiapi import metering as metering
     from abhiapi import migrations as migrations
+    from abhiapi import platform_api as platform_api
+    from abhiapi import price_sync as price_sync
     from abhiapi import prices as prices
     from abhiapi import pricing as pricing
     from abhiapi import processes as processes
     from abhiapi import reports as reports
     from abhiapi import settings as settings
     from abhiapi import shapes as shapes
+    from abhiapi import sync as sync
+    from abhiapi import timers as timers
     from abhiapi import webhooks as webhooks
 else:
 

@@ -25,14 +25,16 @@ TIMES_MAX = 100  # a new price above this many times the old one is taken for a 
 def prices() -> None:
     """Prices: what a unit of each model costs here.
 
-    A price is fal's own plus ABHIAPI_MARGIN unless you set another. A call pays the price of the moment at which it
-    was admitted.
+    A price is fal's own plus ABHIAPI_MARGIN unless you set another; a server takes fal's prices over once a day. A
+    call pays the price of the moment at which it was admitted.
 
     \b
     Examples:
       abhiapi prices list seedance
       abhiapi prices show fal-ai/flux/dev
       abhiapi prices set fal-ai/flux/dev --margin 0.2
+      abhiapi prices sync
+      abhiapi prices check
     """
 
 
@@ -94,12 +96,15 @@ def set_price(
 ) -> None:
     """Set your own price of a model, from the next call on.
 
-    MODEL is its path at fal.run, such as fal-ai/flux/dev; it may be one that is not in the price list yet. Give
-    either --unit-price and --unit, or --margin. A hold set earlier stays unless --hold says otherwise.
+    MODEL is its path at fal.run, such as fal-ai/flux/dev; it may be one that is not in the price list yet. Or a
+    pattern such as fal-ai/kling-video/*, which prices every known model below it; a model's own price goes before a
+    pattern's, a longer pattern's before a shorter's. Give either --unit-price and --unit, or --margin. A hold set
+    earlier stays unless --hold says otherwise.
 
     \b
     Examples:
       abhiapi prices set fal-ai/flux/dev --margin 0.2
+      abhiapi prices set "fal-ai/kling-video/*" --margin 0.15
       abhiapi prices set acme/new-model --unit-price 0.04 --unit images --hold 80
     """
     if (unit_price is None) == (margin is None):
@@ -108,13 +113,16 @@ def set_price(
         raise click.UsageError("--unit-price and --unit go together")
     price_usd, own_margin = _parse_price("--unit-price", unit_price), _parse_price("--margin", margin)
     hold_micros = None if hold in (None, "auto") else _parse_hold(str(hold))
-    name = library.prices.check_model(model)
+    name = library.prices.check_model(model, or_pattern=True)
 
-    def op(tx: Tx) -> Price:
+    def op(tx: Tx) -> tuple[Catalogue, Catalogue]:
         before = session.catalogue(tx)
-        old = before.price_of(name) if name in before else None
-        if own_margin is not None and (old is None or old.fal_unit_price_usd is None):
-            raise Refused(f"fal's price of {name} is not known, so a margin over it means nothing: use --unit-price")
+        if own_margin is not None and not name.endswith("*"):
+            old = before.price_of(name) if name in before else None
+            if old is None or old.fal_unit_price_usd is None:
+                raise Refused(
+                    f"fal's price of {name} is not known, so a margin over it means nothing: use --unit-price"
+                )
         library.prices.set_own(
             tx,
             name,
@@ -124,21 +132,55 @@ def set_price(
             hold_micros=_own_hold(tx, name) if hold is None else hold_micros,
             now_ms=session.now_ms(),
         )
-        new = session.catalogue(tx).price_of(name)
-        if old is not None and 0 < old.unit_price_usd * TIMES_MAX < new.unit_price_usd and not force:
-            now, until_now = (library.pricing.decimal_text(price.unit_price_usd) for price in (new, old))
-            raise Refused(
-                f"{now} USD is more than {TIMES_MAX} times the price of {name} until now, {until_now} USD: "
-                "nothing was changed; --force sets it all the same"
-            )
-        return new
+        after = session.catalogue(tx)
+        if not force:
+            _refuse_jump(before, after)
+        return before, after
 
-    price = session.write(op)
-    if price.unit_price_usd == 0:
-        say(f"{price.model} is free from now on")
-    if price.hold_micros is not None and hold is None:
+    before, after = session.write(op)
+    changed = [price for price in after if _was(before, price.model) != price]
+    free = [price.model for price in changed if price.unit_price_usd == 0]
+    if free:
+        say(f"{', '.join(free)} {'is' if len(free) == 1 else 'are'} free from now on")
+    if name.endswith("*"):
+        _say_pattern(changed, as_json=as_json)
+        return
+    price = after.price_of(name)
+    if price.hold_micros is not None and not price.hold_is_guess and hold is None:
         say(f"each call of {price.model} holds {credits(price.hold_micros)} credits, as before (--hold auto ends that)")
     print_one(library.shapes.price(price), as_json=as_json)
+
+
+@prices.command("unset")
+@click.argument("model", type=Text())
+@json_option
+def unset_price(model: str, as_json: bool) -> None:
+    """Take your own price of a model or pattern back, from the next call on.
+
+    MODEL is as `prices set` took it. What is next in line counts again: a pattern's price, or fal's price and the
+    general margin.
+
+    \b
+    Examples:
+      abhiapi prices unset fal-ai/flux/dev
+      abhiapi prices unset "fal-ai/kling-video/*"
+    """
+    name = library.prices.check_model(model, or_pattern=True)
+
+    def op(tx: Tx) -> tuple[Catalogue, Catalogue]:
+        if name not in {price.model for price in library.prices.own_prices(tx)}:
+            raise Refused(f"{name} has no price of your own: nothing was changed")
+        before = session.catalogue(tx)
+        library.prices.set_own(
+            tx, name, unit=None, unit_price_usd=None, margin=None, hold_micros=None, now_ms=session.now_ms()
+        )
+        return before, session.catalogue(tx)
+
+    before, after = session.write(op)
+    for lost in before:
+        if lost.model not in after:
+            say(f"{lost.model} has no price from now on, so calls to it are refused")
+    _say_pattern([price for price in after if _was(before, price.model) != price], as_json=as_json)
 
 
 @click.command()
@@ -180,6 +222,32 @@ def _price_of(catalogue: Catalogue, text: str) -> Price:
         ) from error
 
 
+def _was(before: Catalogue, model: str) -> Price | None:
+    return before.price_of(model) if model in before else None
+
+
+def _refuse_jump(before: Catalogue, after: Catalogue) -> None:
+    """Raises `Refused` where a price becomes more than `TIMES_MAX` times what it was."""
+    for new in after:
+        old = _was(before, new.model)
+        if old is not None and 0 < old.unit_price_usd * TIMES_MAX < new.unit_price_usd:
+            now, until_now = (library.pricing.decimal_text(price.unit_price_usd) for price in (new, old))
+            raise Refused(
+                f"{now} USD is more than {TIMES_MAX} times the price of {new.model} until now, {until_now} USD: "
+                "nothing was changed; --force sets it all the same"
+            )
+
+
+def _say_pattern(changed: list[Price], *, as_json: bool) -> None:
+    """The prices that are others now."""
+    print_rows(
+        [library.shapes.price(price) for price in changed],
+        COLUMNS,
+        as_json=as_json,
+        none="no model's price is another now",
+    )
+
+
 def _parse_price(option: str, text: str | None) -> Decimal | None:
     try:
         return None if text is None else library.pricing.parse_price(text)
@@ -196,5 +264,5 @@ def _parse_hold(text: str) -> Micros:
 
 def _own_hold(tx: Tx, model: str) -> Micros | None:
     """The fixed hold that the operator set for a model before."""
-    own: dict[str, OwnPrice] = {price.model: price for price in library.prices.own_prices(tx)[1]}
+    own: dict[str, OwnPrice] = {price.model: price for price in library.prices.own_prices(tx)}
     return own[model].hold_micros if model in own else None

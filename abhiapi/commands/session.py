@@ -50,9 +50,7 @@ def read(op: Callable[[Tx], T]) -> T:
 
 def catalogue(tx: Tx) -> Catalogue:
     """The prices in force just now."""
-    return library.pricing.Catalogue(
-        library.pricing.shipped_rules(), library.prices.own_prices(tx)[1], settings().margin
-    )
+    return library.prices.catalogue(tx, library.pricing.shipped_rules(), settings(), now_ms=now_ms())
 
 
 def find_account(tx: Tx, text: str) -> Account | None:

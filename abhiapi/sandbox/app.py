@@ -25,6 +25,7 @@ from abhiapi.sandbox import (
     answers,
     control,
     files,
+    listing,
     queue,
     replies,
     streams,
@@ -115,6 +116,8 @@ class Sandbox:
             return _respond(self.uploads.served(environ), start_response)
         if path.startswith(uploads.ASKED):
             return self._asked_of_rest(environ, start_response)
+        if path in listing.PATHS:
+            return self._listed(environ, start_response)
         if path.startswith(files.PREFIX):
             return _serve_file(environ, start_response)
         if path.startswith(queue.PREFIX) and (asked := queue.parsed(path.removeprefix(queue.PREFIX))):
@@ -134,6 +137,21 @@ class Sandbox:
         else:
             reply = self.uploads.asked(call.path, call.received.query, call.host, call.body or b"")
         return _respond(reply, start_response)
+
+    def _listed(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """The platform API: no call of a model's, so neither recorded as one nor billed."""
+        wanted = self.forecast.take_meant_for(environ["PATH_INFO"].strip("/"))
+        if wanted is not None and wanted.delay_s:
+            gevent.sleep(float(wanted.delay_s))
+        is_authorized = _is_authorized(environ.get("HTTP_AUTHORIZATION", ""))
+        reply = listing.answer(self.rules, environ, wanted, is_authorized=is_authorized)
+        if wanted is not None and wanted.encoding == "gzip":
+            reply = replies.gzipped(reply)
+        client = environ.get("sandbox.socket")
+        if wanted is None or not wanted.needs_socket or client is None:
+            return _respond(reply, start_response)
+        transport.send(client, reply, wanted)
+        return ()
 
     def _polled(
         self, environ: WSGIEnvironment, start_response: StartResponse, action: str, request_id: str

@@ -145,6 +145,7 @@ What it imitates
   x-fal-request-id, x-fal-served-from, and x-fal-billable-units by the price list's rates
   fal's validation errors for missing or wrong prompt, image_url, num_images, image_size, duration
   fal's error bodies by status (weather "status")
+  the list of models and of their prices, GET /v1/models and /v1/models/pricing
   the queue under /queue: submit, status, status/stream, result, cancel, with and without a sub-path
   /stream of models that answer with pictures and their sizes, or with text: partial outputs, the complete one last.
     Which of fal's models stream is not published, nor whether their streams say units: here the head does
@@ -154,7 +155,7 @@ What it imitates
     within seconds; the key's public half is at /.well-known/jwks.json and /rest/.well-known/jwks.json
 
 What it does not imitate
-  WebSockets, the platform API; CORS
+  WebSockets, the rest of the platform API; CORS
   anything that depends on what a picture or prompt shows: filters, refusals, the size of a remote image
     (which counts as 1024 x 1024, unless its URL is one of this simulator's), the real time a model takes
   parameters beyond those above; fal's exact rounding of megapixels, which fal does not publish
@@ -193,6 +194,9 @@ Weather: how the next answers go wrong
                      and "-n" is released; cut_after: the connection ends after so many; pings=1: a comment before
                      each, with this machine's monotonic clock in nanoseconds; split=1: each in two chunks, cut inside a
                      character; unended=1: no line end after the last
+  prices             repeat, endless, partial, shape, currency, negative, placeholder; prices_factor: multiplied. Only
+                     ahead of time, with a match of v1/models or v1/models/pricing, as are status (429 asks to wait),
+                     body, delay_s, connection of the platform API
   (with size_bytes and echo the input is not looked at, and the call is billed as 1 unit)
   all keys: {keys}
 

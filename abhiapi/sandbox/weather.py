@@ -23,6 +23,7 @@ BODY_KINDS: tuple[BodyKind, ...] = (
 DROPS = ("before_headers", "in_headers", "in_body")
 LENGTHS = ("short", "long")
 WEBHOOKS = ("none", "bad_signature", "stale", "twice")
+PRICES = ("repeat", "endless", "partial", "shape", "currency", "negative", "placeholder")
 
 DELAY_MAX_S = Decimal(600)
 SIZE_MIN_BYTES = 64
@@ -68,6 +69,8 @@ class Weather:
     pings: bool = False
     split: bool = False
     unended: bool = False
+    prices: str | None = None  # of the platform API's price list, as is the next
+    prices_factor: Decimal = Decimal(1)
 
     @property
     def keeps_body(self) -> bool:
@@ -230,4 +233,6 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "split": _flag,
     "unended": _flag,
     "webhook": lambda value: _one_of(value, WEBHOOKS),
+    "prices": lambda value: _one_of(value, PRICES),
+    "prices_factor": _decimal,
 }

@@ -178,7 +178,13 @@ def list_entries() -> Response:
 
 
 def prices() -> Response:
-    return jsonify({"prices": [shapes.price(price) for price in runtime().catalogue()]})
+    """The price list; printed once for each catalogue, since nobody needs a key to ask for a thousand prices."""
+    rt = runtime()
+    catalogue = rt.catalogue()
+    if rt.price_list is None or rt.price_list[0] is not catalogue:
+        page: bytes = jsonify({"prices": [shapes.price(price) for price in catalogue]}).get_data()
+        rt.price_list = (catalogue, page)
+    return Response(rt.price_list[1], content_type="application/json")
 
 
 def estimate() -> Response:

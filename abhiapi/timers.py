@@ -1,0 +1,64 @@
+"""Work that is done now and then by one process at a time: who is at it, when it was done, when it is due again.
+
+A claim is one conditional UPDATE. It runs out by itself, so that a killed process does not stop the work for ever; a
+time that lies too far ahead is a clock that was wrong, and counts as past.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import bindparam, insert, or_, select, update
+
+from abhiapi import tables
+from abhiapi.db import Tx
+
+SKEW_MS = 3_600_000  # clocks of honest machines are closer to each other than this
+
+_t = tables.timers.c
+_FIRST = insert(tables.timers).values(
+    name=bindparam("of_name"), due_at=bindparam("due"), claimed_until=bindparam("until")
+)
+_FIND = select(_t.done_at).where(_t.name == bindparam("of_name"))
+_CLAIM = (
+    update(tables.timers)
+    .where(
+        _t.name == bindparam("of_name"),
+        or_(_t.due_at <= bindparam("now"), _t.due_at > bindparam("farthest")),
+        or_(_t.claimed_until <= bindparam("now"), _t.claimed_until > bindparam("latest")),
+    )
+    .values(claimed_until=bindparam("until"))
+)
+_DONE = (
+    update(tables.timers)
+    .where(_t.name == bindparam("of_name"))
+    .values(due_at=bindparam("due"), claimed_until=0, done_at=bindparam("now"))
+)
+_FAILED = update(tables.timers).where(_t.name == bindparam("of_name")).values(due_at=bindparam("due"), claimed_until=0)
+
+
+def claim(tx: Tx, name: str, *, now_ms: int, lease_ms: int, interval_ms: int) -> bool:
+    """Whether the work is due and nobody else is at it; then it is the caller's for ``lease_ms``."""
+    until = now_ms + lease_ms
+    if tx.one(_FIND, of_name=name) is None:
+        tx.run(_FIRST, of_name=name, due=now_ms, until=until)
+        return True
+    farthest, latest = now_ms + interval_ms + SKEW_MS, until + SKEW_MS
+    return tx.run(_CLAIM, of_name=name, now=now_ms, farthest=farthest, until=until, latest=latest) == 1
+
+
+def done(tx: Tx, name: str, *, now_ms: int, due_in_ms: int) -> None:
+    """The work succeeded, by a claim or by hand."""
+    due = now_ms + due_in_ms
+    if tx.run(_DONE, of_name=name, now=now_ms, due=due) == 0:
+        tx.run(_FIRST, of_name=name, due=due, until=0)
+        tx.run(_DONE, of_name=name, now=now_ms, due=due)
+
+
+def failed(tx: Tx, name: str, *, now_ms: int, due_in_ms: int) -> None:
+    """The work failed and is tried again by then."""
+    tx.run(_FAILED, of_name=name, due=now_ms + due_in_ms)
+
+
+def done_at(tx: Tx, name: str) -> int | None:
+    """When the work last succeeded."""
+    row = tx.one(_FIND, of_name=name)
+    return None if row is None else row[0]
