@@ -24,8 +24,38 @@ log = logging.getLogger("abhiapi")
 
 Step = Callable[[sqlite3.Connection], None]
 
+
+def _of_script(script: str) -> Step:
+    """A step that runs SQL statements; their text is that of schema.sql on the day the step was written."""
+
+    def step(connection: sqlite3.Connection) -> None:
+        for statement in statements(script):
+            connection.execute(statement)
+
+    return step
+
+
+# fal's billing events beside the calls.
+_BILLING_EVENTS = """
+ALTER TABLE calls ADD COLUMN adjusted_micros INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE calls ADD COLUMN billed_units TEXT;
+CREATE INDEX calls_by_request ON calls (fal_request_id) WHERE fal_request_id IS NOT NULL;
+CREATE TABLE unexplained_events (
+    request_id      TEXT    PRIMARY KEY,
+    model           TEXT    NOT NULL,
+    units           TEXT    NOT NULL,
+    cost_nano_usd   INTEGER NOT NULL,
+    happened_at     INTEGER NOT NULL,
+    seen_at         INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE bookmarks (
+    name            TEXT    PRIMARY KEY,
+    reached_at      INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+"""
+
 # Version 1 is the first schema there was.
-STEPS: tuple[Step, ...] = ()
+STEPS: tuple[Step, ...] = (_of_script(_BILLING_EVENTS),)
 VERSION = 1 + len(STEPS)
 
 

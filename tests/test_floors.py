@@ -18,8 +18,8 @@ PACKAGE = ROOT / "abhiapi"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "money", "ids", "estimates", "pricing", "metering", "jsonbytes", "encodings", "wire", "queuewire"),
     ("settings", "tables", "db", "migrations", "committer", "http_parser", "http_adapter", "fal", "metrics", "polls"),
-    ("ledger", "calls", "jobs", "keys", "accounts", "prices", "processes", "reports", "audit", "shapes"),
-    ("limits", "runtime", "admission", "gateway", "settlement", "queue_gateway", "reconcile", "sweep"),
+    ("ledger", "calls", "jobs", "billing", "keys", "accounts", "prices", "processes", "reports", "audit", "shapes"),
+    ("limits", "runtime", "admission", "gateway", "settlement", "queue_gateway", "reconcile", "sweep", "fal_bill"),
     ("web", "commands", "serving", "wsgi", "gunicorn_config", "worker", "sandbox"),
 )
 FACTS, NEIGHBOURS, ROWS, PRODUCT, SHELLS = FLOORS
