@@ -21,7 +21,7 @@ import gevent
 
 from abhiapi.metering import parse_units
 from abhiapi.pricing import PriceRule, decimal_text
-from abhiapi.sandbox import answers, control, files, queue, replies, transport, validation, weather
+from abhiapi.sandbox import answers, billing_events, control, files, queue, replies, transport, validation, weather
 from abhiapi.sandbox.models import model_of
 from abhiapi.sandbox.records import BODY_TEXT_MAX_BYTES, Bill, CallLog, Forecast, Gates, Received
 from abhiapi.sandbox.replies import Reply
@@ -95,9 +95,22 @@ class Sandbox:
             return _respond(control.answer(self, environ), start_response)
         if path.startswith(files.PREFIX):
             return _serve_file(environ, start_response)
+        if path == billing_events.PATH:
+            return _respond(self._billing_events(environ), start_response)
         if path.startswith(queue.PREFIX) and (asked := queue.parsed(path.removeprefix(queue.PREFIX))):
             return self._polled(environ, start_response, *asked)
         return self._call(environ, start_response)
+
+    def _billing_events(self, environ: WSGIEnvironment) -> Reply:
+        """Only weather ordered for ``billing-events`` touches it."""
+        wanted = self.forecast.take_meant_for("billing-events")
+        if wanted is not None and wanted.status is not None:
+            return replies.of_json(
+                wanted.status, {"error": {"type": "server_error", "message": "Something went wrong"}}
+            )
+        if wanted is not None and wanted.body is not None:
+            return replies.odd(200, wanted.body)
+        return billing_events.answer(self.bill, environ, self.now())
 
     def _polled(
         self, environ: WSGIEnvironment, start_response: StartResponse, action: str, request_id: str
@@ -237,7 +250,7 @@ class Sandbox:
             status = outcome.reply.status
             if units is not None and _is_billed(status, units):
                 request_id = call.received.request_id
-                self.bill.add(request_id, outcome.rule, status, units, delivered=not wanted.breaks_http)
+                self.bill.add(request_id, outcome.rule, status, units, delivered=not wanted.breaks_http, at=self.now())
 
     def _adorned(self, call: _Call, outcome: _Outcome, wanted: Weather) -> Reply:
         """The reply with fal's headers."""

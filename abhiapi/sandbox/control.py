@@ -146,6 +146,7 @@ What it imitates
   fal's validation errors for missing or wrong prompt, image_url, num_images, image_size, duration
   fal's error bodies by status (weather "status")
   the queue under /queue: submit, status, status/stream, result, cancel, with and without a sub-path
+  the platform API's GET /v1/models/billing-events: a row for each billed call, as soon as it is billed
 
 What it does not imitate
   /stream, webhooks (a fal_webhook is not called), uploads, WebSockets, the platform API; CORS
