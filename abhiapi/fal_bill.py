@@ -7,20 +7,22 @@ of events. The pages come from `platform_api`; the rows are `billing`'s.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
+from datetime import UTC, datetime, timedelta
+from decimal import ROUND_CEILING, Decimal
 from functools import partial
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 from abhiapi import billing
 from abhiapi.billing import BilledCall, Effect, Event
 from abhiapi.db import Database, Tx
 from abhiapi.ids import call_text
-from abhiapi.money import Micros
-from abhiapi.pricing import decimal_text
+from abhiapi.money import Micros, product_nanos
+from abhiapi.pricing import MODEL_ID, decimal_text
 
 BOOKMARK = "fal's billing events"
 DAY_MS = 86_400_000
@@ -29,9 +31,14 @@ REACH_MS = 89 * DAY_MS  # as far back as fal tells (fal-protocol 8.5)
 LAG_MS = 600_000  # a call that ended this lately may have its event still to come
 BATCH = 200  # events to a transaction: other writers wait for it
 DRIFT_MAX = 1_000  # listed; all are counted
+UNREADABLE_MAX = 20
+COST_MAX_NANO_USD = 10**15  # no single request costs a million dollars
 
 DriftKind = Literal["not_billed_by_fal", "unexplained_event", "units_differ", "other_model"]
-Events = Callable[[int, int], Iterable[Event]]  # from and to (exclusive), milliseconds
+Rows = Callable[[int, int], Iterable[Mapping[str, Any]]]  # fal's rows from and to (exclusive) a time, milliseconds
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,100}")
+_UNITS = re.compile(r"[0-9]{1,12}(\.[0-9]{1,30})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,7 @@ class Compared:
     adjusted: int = 0
     costed: int = 0
     pending: int = 0
+    unreadable: list[str] = field(default_factory=list)  # why, of the first few
     losses: int = 0
     loss_nano_usd: int = 0
     drift: Counter[str] = field(default_factory=Counter)
@@ -77,7 +85,7 @@ def span(reached_at: int | None, since_ms: int | None, now_ms: int) -> tuple[int
 
 def compare(
     database: Database,
-    events: Events,
+    rows: Rows,
     *,
     since_ms: int,
     until_ms: int,
@@ -87,16 +95,17 @@ def compare(
 ) -> Compared:
     """Take fal's events from ``since_ms`` to ``until_ms`` into the books, then list what does not agree.
 
-    ``progress`` hears of the events so far and of the time reached. Raises what ``events`` raises; what was taken in
+    ``progress`` hears of the events so far and of the time reached. Raises what ``rows`` raises; what was taken in
     until then stays.
     """
     done = Compared()
     at = since_ms
     while at < until_ms:
         end = min(at + DAY_MS, until_ms)
-        stream = iter(events(at, end))
+        stream = iter(rows(at, end))
         while batch := list(islice(stream, BATCH)):
-            _count(done, database.write(partial(_take, batch=batch, now_ms=now_ms)))
+            events = list(_read(done, batch))
+            _count(done, database.write(partial(_take, batch=events, now_ms=now_ms)))
             done.events += len(batch)
             progress(done.events, end)
         database.write(partial(_reach, at_ms=min(end, now_ms)))
@@ -104,6 +113,54 @@ def compare(
     _explain_the_rest(done, database, now_ms)
     database.read(partial(_find_drift, done=done, since_ms=since_ms, now_ms=now_ms, lag_ms=lag_ms))
     return done
+
+
+def parse_event(row: Mapping[str, Any]) -> Event:
+    """One row of fal's billing events (fal-protocol 8.5), numbers as int or Decimal. Raises ValueError naming it."""
+    request_id, model = row.get("request_id"), row.get("endpoint_id")
+    if not isinstance(request_id, str) or not _REQUEST_ID.fullmatch(request_id):
+        raise ValueError("an event has no request_id")
+    if not isinstance(model, str) or not MODEL_ID.fullmatch(model):
+        raise ValueError(f"the event of {request_id} has no endpoint_id")
+    units = _number(row.get("output_units"))
+    cost = _number(row.get("cost_estimate_nano_usd"))
+    if cost is None and (total := _number(row.get("cost_total"))) is not None:
+        cost = Decimal(product_nanos(total, Decimal(1)))
+    if units is None or cost is None or cost > COST_MAX_NANO_USD:
+        raise ValueError(f"the event of {request_id} has no units or cost that could be believed")
+    happened_at = parse_time(row.get("timestamp"))
+    if happened_at is None:
+        raise ValueError(f"the event of {request_id} has no timestamp")
+    return Event(request_id, model, units, int(cost.to_integral_value(rounding=ROUND_CEILING)), happened_at)
+
+
+def parse_time(value: object) -> int | None:
+    """Milliseconds of an ISO 8601 time, taken as UTC where it does not say; None for what is none."""
+    if not isinstance(value, str):
+        return None
+    try:
+        at = datetime.fromisoformat(value)
+        at = at if at.tzinfo else at.replace(tzinfo=UTC)
+        return (at - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _number(value: object) -> Decimal | None:
+    """A plain number of zero or more, as it was printed; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | Decimal | str):
+        return None
+    text = f"{value:f}" if isinstance(value, Decimal) and value.is_finite() else str(value)
+    return Decimal(text) if len(text) <= 60 and _UNITS.fullmatch(text) else None
+
+
+def _read(done: Compared, rows: Iterable[Mapping[str, Any]]) -> Iterable[Event]:
+    for row in rows:
+        try:
+            yield parse_event(row)
+        except ValueError as error:
+            if len(done.unreadable) < UNREADABLE_MAX:
+                done.unreadable.append(str(error))
 
 
 def _take(tx: Tx, *, batch: list[Event], now_ms: int) -> Counter[Effect]:

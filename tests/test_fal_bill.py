@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -24,6 +26,21 @@ from tests.rows import FLUX_MICROS, FLUX_NANO_USD, MODEL, Customer, settled
 
 FAL_PRICE = Decimal("0.025")
 COMPUTED = Verdict("settled", FLUX_MICROS, "1", "catalogue", FLUX_NANO_USD, "no_units")
+
+
+Row = dict[str, Any]
+
+
+def row_of(event: Event) -> Row:
+    """An event as fal's API prints it."""
+    at = datetime.fromtimestamp(0, UTC) + timedelta(milliseconds=event.happened_at)
+    return {
+        "request_id": event.request_id,
+        "endpoint_id": event.model,
+        "timestamp": at.isoformat(),
+        "output_units": event.units,
+        "cost_estimate_nano_usd": event.cost_nano_usd,
+    }
 
 
 class Books:
@@ -75,8 +92,8 @@ class Books:
         assert self.database.read(audit.verify).problems == []
         return done
 
-    def between(self, since_ms: int, until_ms: int) -> Iterable[Event]:
-        return [event for event in self.events if since_ms <= event.happened_at < until_ms]
+    def between(self, since_ms: int, until_ms: int) -> list[Row]:
+        return [row_of(event) for event in self.events if since_ms <= event.happened_at < until_ms]
 
     def row(self, call: calls.OpenCall) -> reports.CallRow:
         row = self.database.read(lambda tx: reports.call(tx, call.call_id))
@@ -204,13 +221,13 @@ def test_what_was_given_back_and_billed_all_the_same_is_a_loss(books: Books) -> 
 
 
 def test_drift_is_told_both_ways(books: Books) -> None:
-    call = books.call(settled(), "charged only")
-    books.bill("billed only", model="acme/other")
+    call = books.call(settled(), "charged-only")
+    books.bill("billed-only", model="acme/other")
     done = books.compare()
     assert done.drift == {"not_billed_by_fal": 1, "unexplained_event": 1}
     assert {(one.kind, one.call_id, one.fal_request_id) for one in done.listed} == {
-        ("not_billed_by_fal", call.call_id, "charged only"),
-        ("unexplained_event", None, "billed only"),
+        ("not_billed_by_fal", call.call_id, "charged-only"),
+        ("unexplained_event", None, "billed-only"),
     }
     assert all(fal_bill.describe(one) for one in done.listed)
 
@@ -246,11 +263,11 @@ def test_a_lost_answer_takes_fals_cost_and_nobody_is_charged(books: Books, skew_
     """The connection was cut before fal's id came (row 30), on clocks that are minutes apart."""
     call = books.call(released("upstream_broken"), None)
     start = books.balance
-    books.bill("never seen", skew_ms=skew_ms)
+    books.bill("never-seen", skew_ms=skew_ms)
     books.clock.tick(600_000)
     done = books.compare()
     assert (done.drift, books.balance, books.fal_cost) == ({}, start, FLUX_NANO_USD)
-    assert books.row(call).fal_request_id == "never seen"
+    assert books.row(call).fal_request_id == "never-seen"
     assert books.compare().losses == 1
 
 
@@ -278,11 +295,11 @@ def test_a_comparison_that_breaks_off_is_resumed(books: Books) -> None:
         books.clock.tick(DAY_MS)
     start = books.balance
 
-    def breaking(since_ms: int, until_ms: int) -> Iterator[Event]:
-        for event in books.between(since_ms, until_ms):
-            if event.request_id == "r2":
+    def breaking(since_ms: int, until_ms: int) -> Iterator[Row]:
+        for row in books.between(since_ms, until_ms):
+            if row["request_id"] == "r2":
                 raise UpstreamBroken("the third page")
-            yield event
+            yield row
 
     now = books.clock.now_ms
     with pytest.raises(UpstreamBroken):
@@ -298,15 +315,15 @@ def test_a_comparison_that_breaks_off_is_resumed(books: Books) -> None:
 
 
 def test_a_hundred_thousand_events_need_no_more_memory_than_a_thousand(books: Books) -> None:
-    def many(count: int) -> Callable[[int, int], Iterable[Event]]:
-        def events(since_ms: int, until_ms: int) -> Iterator[Event]:
+    def many(count: int) -> Callable[[int, int], Iterable[Row]]:
+        def events(since_ms: int, until_ms: int) -> Iterator[Row]:
             if since_ms == books.started - 1:
                 for number in range(count):
-                    yield Event("one call's", MODEL, Decimal(number % 2), 1, books.started)
+                    yield row_of(Event("one-call", MODEL, Decimal(number % 2), 1, books.started))
 
         return events
 
-    books.call(released("fal_5xx"), "one call's")
+    books.call(released("fal_5xx"), "one-call")
     peaks = []
     for count in (1_000, 100_000):
         tracemalloc.start()
@@ -361,3 +378,42 @@ def test_whatever_happened_the_books_stay_right(
     assert ends == balance
     if all(kind != "lost" and is_billed and kind != "running" for kind, _, is_billed in steps):
         assert books.fal_cost == billed
+
+
+BAD_ROWS = {
+    "no id": {"request_id": None},
+    "an id of blanks": {"request_id": "a b"},
+    "a huge id": {"request_id": "x" * 101},
+    "no model": {"endpoint_id": ""},
+    "negative units": {"output_units": Decimal("-1")},
+    "units that are no number": {"output_units": Decimal("NaN")},
+    "units of forty digits": {"output_units": Decimal("1" * 40)},
+    "true units": {"output_units": True},
+    "a negative cost": {"cost_estimate_nano_usd": -1},
+    "an absurd cost": {"cost_estimate_nano_usd": 10**16},
+    "no cost": {"cost_estimate_nano_usd": None},
+    "no time": {"timestamp": "yesterday"},
+    "a time beyond time": {"timestamp": "99999-01-01T00:00:00Z"},
+}
+
+
+@pytest.mark.parametrize("what", BAD_ROWS)
+def test_a_row_that_cannot_be_read_changes_nothing_and_is_named(books: Books, what: str) -> None:
+    books.call(COMPUTED, "r1")
+    good = row_of(books.bill("r1", "2"))
+    before = books.customer.standing()
+    now = books.clock.now_ms
+    done = fal_bill.compare(
+        books.database, lambda *_: [good | BAD_ROWS[what]], since_ms=books.started, until_ms=now + 1, now_ms=now
+    )
+    assert books.customer.standing() == before
+    assert (len(done.unreadable), done.adjusted) == (1, 0)
+    assert "event" in done.unreadable[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "nanos"), [("0.025", 25_000_000), ("1E-9", 1), ("0.0000000001", 1), ("0", 0), ("12", 12 * 10**9)]
+)
+def test_a_cost_in_dollars_serves_where_nanos_are_missing(value: str, nanos: int) -> None:
+    row = row_of(Event("r", MODEL, Decimal(1), 0, 0)) | {"cost_estimate_nano_usd": None, "cost_total": Decimal(value)}
+    assert fal_bill.parse_event(row).cost_nano_usd == nanos
