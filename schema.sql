@@ -131,6 +131,8 @@ CREATE TABLE calls (
     deadline_at       INTEGER NOT NULL,               -- later than any answer can come; past it the hold may be swept
     created_at        INTEGER NOT NULL,
     finished_at       INTEGER,                        -- NULL: still open
+    adjusted_micros   INTEGER NOT NULL DEFAULT 0,     -- by how much fal's billing event moved the charge, up or down
+    billed_units      TEXT,                           -- as in fal's billing event; NULL: none was seen
     CHECK ((state IN ('settled', 'released')) = (finished_at IS NOT NULL)),
     CHECK (state = 'settled' OR charged_micros = 0)
 ) STRICT;
@@ -138,6 +140,23 @@ CREATE INDEX calls_by_account ON calls (account_id);  -- the rowid, which is the
 CREATE INDEX calls_open ON calls (process_id) WHERE state IN ('held', 'sent', 'unknown');
 -- A queued job by fal's id for it: looked up at every poll, and never two calls for one job.
 CREATE UNIQUE INDEX calls_one_job ON calls (fal_request_id) WHERE mode = 'queue' AND fal_request_id IS NOT NULL;
+CREATE INDEX calls_by_request ON calls (fal_request_id) WHERE fal_request_id IS NOT NULL;  -- fal's events by its id
+
+-- Billing events of fal's that no call explains (yet): looked at again by every comparison.
+CREATE TABLE unexplained_events (
+    request_id      TEXT    PRIMARY KEY,              -- fal's
+    model           TEXT    NOT NULL,
+    units           TEXT    NOT NULL,
+    cost_nano_usd   INTEGER NOT NULL,
+    happened_at     INTEGER NOT NULL,                 -- by fal's clock
+    seen_at         INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+-- How far something that goes through time has come.
+CREATE TABLE bookmarks (
+    name            TEXT    PRIMARY KEY,
+    reached_at      INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
 
 -- The ledger: one immutable row per movement of credit. An account's balance is the sum of its entries.
 CREATE TABLE entries (

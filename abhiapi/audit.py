@@ -65,10 +65,19 @@ _REFUNDED_WITHOUT_ENTRY = text(
     "SELECT call_id, refunded_micros, 0 FROM calls WHERE refunded_micros > 0 AND call_id NOT IN"
     " (SELECT call_id FROM entries WHERE kind = 'refund')"
 )
+_ADJUSTED = text(
+    "SELECT c.call_id, c.adjusted_micros, -SUM(e.amount_micros) FROM calls c"
+    " JOIN entries e ON e.call_id = c.call_id AND e.kind = 'adjustment' GROUP BY c.call_id"
+    " HAVING c.adjusted_micros <> -SUM(e.amount_micros)"
+)
+_ADJUSTED_WITHOUT_ENTRY = text(
+    "SELECT call_id, adjusted_micros, 0 FROM calls WHERE adjusted_micros <> 0 AND call_id NOT IN"
+    " (SELECT call_id FROM entries WHERE kind = 'adjustment' AND call_id IS NOT NULL)"
+)
 _ROLL_UPS = text(
     "SELECT account_id, day, model, key_id, SUM(calls), SUM(charged), SUM(cost) FROM ("
     " SELECT c.account_id, c.finished_at / 86400000 AS day, p.model, c.key_id, 1 AS calls,"
-    "  c.charged_micros - c.refunded_micros AS charged, COALESCE(c.fal_cost_nano_usd, 0) AS cost"
+    "  c.charged_micros - c.refunded_micros + c.adjusted_micros AS charged, COALESCE(c.fal_cost_nano_usd, 0) AS cost"
     "  FROM calls c JOIN price_versions p ON p.price_id = c.price_id WHERE c.state IN ('settled', 'released')"
     " UNION ALL"
     " SELECT account_id, day, model, key_id, -calls, -charged_micros, -fal_cost_nano_usd FROM usage_daily"
@@ -164,6 +173,8 @@ def _call_problems(tx: Tx) -> Iterator[str]:
         (_ENTRIES_WITHOUT_CHARGE, "has an entry of", "its call says"),
         (_REFUNDS, "has refund entries of", "its call says"),
         (_REFUNDED_WITHOUT_ENTRY, "is refunded", "its entries say"),
+        (_ADJUSTED, "is adjusted by", "its entries say"),
+        (_ADJUSTED_WITHOUT_ENTRY, "is adjusted by", "its entries say"),
     ):
         for call_id, one, other in tx.each(statement):
             yield f"{call_text(call_id)} {left} {credits_text(one)}, {right} {credits_text(other or 0)}"

@@ -46,7 +46,7 @@ _ADMIT = insert(tables.calls).values(
         name: bindparam(name)
         for name in (
             "call_id account_id key_id price_id process_id mode"
-            " state held_micros deadline_at created_at charged_micros refunded_micros"
+            " state held_micros deadline_at created_at charged_micros refunded_micros adjusted_micros"
         ).split()
     }
 )
@@ -96,11 +96,17 @@ _OPEN_CALL = (
 )
 _REFUND = (
     update(tables.calls)
-    .where(_c.call_id == bindparam("call"), _c.charged_micros - _c.refunded_micros >= bindparam("amount"))
+    .where(
+        _c.call_id == bindparam("call"),
+        _c.charged_micros - _c.refunded_micros >= bindparam("amount"),
+        _c.charged_micros + _c.adjusted_micros - _c.refunded_micros >= bindparam("amount"),
+    )
     .values(refunded_micros=_c.refunded_micros + bindparam("amount"))
 )
 _CHARGED = (
-    select(_c.account_id, _c.key_id, _p.model, _c.charged_micros, _c.refunded_micros, _c.finished_at, _c.state)
+    select(
+        _c.account_id, _c.key_id, _p.model, _c.charged_micros, _c.refunded_micros, _c.finished_at, _c.adjusted_micros
+    )
     .join_from(tables.calls, tables.price_versions, _c.price_id == _p.price_id)
     .where(_c.call_id == bindparam("call"))
 )
@@ -172,6 +178,7 @@ def admit(tx: Tx, admission: Admission) -> None:
         created_at=admission.created_at,
         charged_micros=0,
         refunded_micros=0,
+        adjusted_micros=0,
     )
 
 
@@ -207,7 +214,9 @@ def finish(
         raise CallEnded(f"the hold of {call_text(call.call_id)} has already ended: nothing was changed")
     if verdict.end == "unknown":
         return ledger.balance_micros(tx, call.account_id)
-    _count(tx, call.account_id, call.key_id, call.model, now_ms, 1, verdict.charge_micros, verdict.fal_cost_nano_usd)
+    count_usage(
+        tx, call, now_ms, calls=1, charged_micros=verdict.charge_micros, fal_cost_nano_usd=verdict.fal_cost_nano_usd
+    )
     costs.note(tx, call.model, call.call_id, verdict.charge_micros, held_micros=call.held_micros, now_ms=now_ms)
     return ledger.charge(
         tx, call.account_id, call.call_id, verdict.charge_micros, held_micros=call.held_micros, now_ms=now_ms
@@ -219,14 +228,16 @@ def refund(tx: Tx, call_id: int, amount_micros: Micros | None, *, now_ms: int) -
     row = tx.one(_CHARGED, call=call_id)
     if row is None:
         raise NotFound(f"no call has the id {call_text(call_id)}")
-    account_id, key_id, model, charged, refunded, finished_at, _state = row
-    amount = Micros(charged - refunded) if amount_micros is None else amount_micros
+    account_id, key_id, model, charged, refunded, finished_at, adjusted = row
+    refundable = min(charged, charged + adjusted)  # what a correction added is given back by `adjust`
+    amount = Micros(refundable - refunded) if amount_micros is None else amount_micros
     if amount <= 0 or tx.run(_REFUND, call=call_id, amount=amount) != 1:
         raise Refused(
-            f"{call_text(call_id)} was charged {credits_text(charged)} credits, of which {credits_text(refunded)} are "
-            f"already refunded: {f'{credits_text(amount)} cannot be refunded' if amount > 0 else 'nothing is left'}"
+            f"{call_text(call_id)} was charged {credits_text(refundable)} credits, of which {credits_text(refunded)} "
+            f"are already refunded: {f'{credits_text(amount)} cannot be refunded' if amount > 0 else 'nothing is left'}"
         )
-    _count(tx, account_id, key_id, model, finished_at, 0, Micros(-amount), 0)
+    call = OpenCall(call_id, account_id, key_id, model, Micros(0))
+    count_usage(tx, call, finished_at, calls=0, charged_micros=Micros(-amount), fal_cost_nano_usd=0)
     return ledger.append(tx, account_id, "refund", amount, now_ms=now_ms, call_id=call_id)
 
 
@@ -275,24 +286,17 @@ def _open_calls(rows: Iterable[tuple[object, ...]]) -> list[OpenCall]:
     return [OpenCall(*row) for row in rows]  # type: ignore[arg-type]
 
 
-def _count(
-    tx: Tx,
-    account_id: int,
-    key_id: int,
-    model: str,
-    finished_at: int,
-    calls: int,
-    charged_micros: Micros,
-    fal_cost_nano_usd: int | None,
+def count_usage(
+    tx: Tx, call: OpenCall, finished_at: int, *, calls: int, charged_micros: Micros, fal_cost_nano_usd: int | None
 ) -> None:
     """Roll a movement up into the day on which its call ended, so that reports never read the calls."""
     day, cost = finished_at // MS_PER_DAY, fal_cost_nano_usd or 0
     changed = tx.run(
         _COUNT_USAGE,
-        account=account_id,
+        account=call.account_id,
         on_day=day,
-        of_model=model,
-        key=key_id,
+        of_model=call.model,
+        key=call.key_id,
         more_calls=calls,
         more_micros=charged_micros,
         more_nano_usd=cost,
@@ -300,10 +304,10 @@ def _count(
     if changed == 0:
         tx.run(
             _FIRST_USAGE,
-            account_id=account_id,
+            account_id=call.account_id,
             day=day,
-            model=model,
-            key_id=key_id,
+            model=call.model,
+            key_id=call.key_id,
             calls=calls,
             charged_micros=charged_micros,
             fal_cost_nano_usd=cost,

@@ -44,6 +44,7 @@ STEPS: tuple[Step, ...] = (
     _of_file("0002-idempotency-keys.sql"),
     _of_file("0003-webhooks.sql"),
     _of_file("0004-fal-prices.sql"),
+    _of_file("0005-billing-events.sql"),
 )
 VERSION = 1 + len(STEPS)
 

@@ -40,6 +40,7 @@ _CALL_COLUMNS = (
     _c.held_micros,
     _c.charged_micros,
     _c.refunded_micros,
+    _c.adjusted_micros,
     _c.units,
     _p.unit_price_usd,
     _c.usage_source,
@@ -103,6 +104,7 @@ class CallRow:
     held_micros: Micros
     charged_micros: Micros
     refunded_micros: Micros
+    adjusted_micros: Micros
     units: str | None
     unit_price_usd: str
     usage_source: str | None

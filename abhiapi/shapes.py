@@ -73,6 +73,8 @@ def call(row: CallRow, *, for_operator: bool = False) -> Json:
         "created_at": ids.time_text(row.created_at),
         "finished_at": ids.time_text(row.finished_at),
     }
+    if row.adjusted_micros:
+        shape["adjusted"] = money.credits(row.adjusted_micros)
     if row.refunded_micros:
         shape["refunded"] = money.credits(row.refunded_micros)
     if for_operator:

@@ -53,8 +53,14 @@ calls = _table(
     "calls",
     "call_id:int! account_id:int key_id:int price_id:int process_id:int mode:text state:text held_micros:int"
     " charged_micros:int refunded_micros:int http_status:int? units:text? usage_source:text? fal_request_id:text?"
-    " fal_cost_nano_usd:int? reason:text? deadline_at:int created_at:int finished_at:int?",
+    " fal_cost_nano_usd:int? reason:text? deadline_at:int created_at:int finished_at:int?"
+    " adjusted_micros:int billed_units:text?",
 )
+unexplained_events = _table(
+    "unexplained_events",
+    "request_id:text! model:text units:text cost_nano_usd:int happened_at:int seen_at:int",
+)
+bookmarks = _table("bookmarks", "name:text! reached_at:int")
 entries = _table(
     "entries",
     "account_id:int! seq:int! kind:text amount_micros:int balance_after_micros:int call_id:int? ref:text? note:text?"

@@ -154,7 +154,7 @@ def _shipped() -> Iterator[tuple[str, Executable]]:
 
 # `ledger export` and `ledger verify` read every entry, which is what they are for.
 READS_ALL = {"reports._ALL_ENTRIES"}
-NEVER_RUN = {"reports._CALLS", "jobs._JOB"}  # what others are made of
+NEVER_RUN = {"reports._CALLS", "jobs._JOB", "billing._CALLS"}  # what others are made of
 STATEMENTS = dict(_shipped())
 
 

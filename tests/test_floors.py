@@ -30,14 +30,14 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
         metrics polls
         """,
         """
-        ledger calls jobs idempotency keys accounts processes
+        ledger calls jobs billing idempotency keys accounts processes
         prices fal_prices costs timers
         reports audit shapes webhooks
         """,
         """
         limits runtime admission replay
         gateway queue_gateway upload_gateway
-        settlement reconcile sweep sync
+        settlement reconcile sweep sync fal_bill
         webhook_intake webhook_delivery
         """,
         "web commands serving wsgi gunicorn_config worker sandbox",

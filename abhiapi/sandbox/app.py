@@ -10,19 +10,19 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 from uuid import UUID, uuid5
 
 import gevent
 
 from abhiapi.metering import parse_units
-from abhiapi.pricing import PriceRule, decimal_text
+from abhiapi.pricing import PriceRule
 from abhiapi.sandbox import (
-    answers,
+    billing_events,
     control,
     files,
     listing,
@@ -31,14 +31,13 @@ from abhiapi.sandbox import (
     streams,
     transport,
     uploads,
-    validation,
     weather,
     webhooks,
 )
 from abhiapi.sandbox.models import model_of
+from abhiapi.sandbox.outcomes import Call, Outcome, is_billed, outcome_of, unit_texts
 from abhiapi.sandbox.records import BODY_TEXT_MAX_BYTES, Bill, CallLog, Forecast, Gates, Received
 from abhiapi.sandbox.replies import Reply
-from abhiapi.sandbox.usage import billed_units
 from abhiapi.sandbox.weather import FAIR, Weather
 
 if TYPE_CHECKING:
@@ -68,29 +67,6 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """A call as far as the answer needs it. ``body`` is None where the weather does without it, or it is too long."""
-
-    received: Received
-    endpoint_id: str
-    path: str
-    host: str
-    body: bytes | None
-    start_timeout: bool
-    is_stream: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """An answer before weather touched its headers. ``units`` is what the work is worth; None where none was done."""
-
-    reply: Reply
-    units: Decimal | None
-    rule: PriceRule | None = None
-    events: tuple[bytes, ...] = ()  # in the reply's place, where a stream was asked for
-
-
 class Sandbox:
     """A fal that costs nothing. Callable as WSGI; its records are attributes (see `records`)."""
 
@@ -116,7 +92,7 @@ class Sandbox:
             return _respond(self.uploads.served(environ), start_response)
         if path.startswith(uploads.ASKED):
             return self._asked_of_rest(environ, start_response)
-        if path in listing.PATHS:
+        if path in listing.PATHS or path == billing_events.PATH:
             return self._listed(environ, start_response)
         if path.startswith(files.PREFIX):
             return _serve_file(environ, start_response)
@@ -144,7 +120,10 @@ class Sandbox:
         if wanted is not None and wanted.delay_s:
             gevent.sleep(float(wanted.delay_s))
         is_authorized = _is_authorized(environ.get("HTTP_AUTHORIZATION", ""))
-        reply = listing.answer(self.rules, environ, wanted, is_authorized=is_authorized)
+        if environ["PATH_INFO"] == billing_events.PATH:
+            reply = billing_events.answer(self.bill, environ, self.now(), wanted)
+        else:
+            reply = listing.answer(self.rules, environ, wanted, is_authorized=is_authorized)
         if wanted is not None and wanted.encoding == "gzip":
             reply = replies.gzipped(reply)
         client = environ.get("sandbox.socket")
@@ -178,7 +157,7 @@ class Sandbox:
         transport.send(client, reply, wanted)
         return ()
 
-    def _submitted(self, call: _Call, wanted: Weather) -> Reply:
+    def _submitted(self, call: Call, wanted: Weather) -> Reply:
         """A job for this call. Its answer and its bill are what the call's would be; `Weather.status` is the job's."""
         rule = self.rules.get(call.endpoint_id)
         if rule is None:
@@ -186,12 +165,12 @@ class Sandbox:
         request_id = call.received.request_id
 
         def completed() -> int:
-            outcome = _outcome(call, wanted, rule)
+            outcome = outcome_of(call, wanted, rule)
             self._count(call, outcome, wanted)
             return outcome.reply.status
 
         def reply() -> Reply:
-            return self._adorned(call, _outcome(call, wanted, rule), wanted)
+            return self._adorned(call, outcome_of(call, wanted, rule), wanted)
 
         job = queue.Job(request_id, call.endpoint_id, call.host, wanted, reply, completed)
         job.webhook = dict(parse_qsl(call.received.query)).get("fal_webhook")
@@ -212,13 +191,13 @@ class Sandbox:
         if not call.received.complete:
             raise transport.Hangup
         if not authorized:
-            outcome = _Outcome(replies.error(401, path, call.host), None)
+            outcome = Outcome(replies.error(401, path, call.host), None)
         elif problem:
-            outcome = _Outcome(replies.of_json(400, {"detail": f"{weather.HEADER}: {problem}"}), Decimal(0))
+            outcome = Outcome(replies.of_json(400, {"detail": f"{weather.HEADER}: {problem}"}), Decimal(0))
         elif is_queued:
             if wanted.delay_s:
                 gevent.sleep(float(wanted.delay_s))
-            outcome = _Outcome(self._submitted(replace(call, endpoint_id=endpoint_id), wanted), None)
+            outcome = Outcome(self._submitted(replace(call, endpoint_id=endpoint_id), wanted), None)
         else:
             outcome = self._worked(call, wanted)
         if is_queued and authorized and not problem:
@@ -241,7 +220,7 @@ class Sandbox:
             return weather.from_header(header)
         return self.forecast.take(endpoint_id) or FAIR
 
-    def _receive(self, environ: WSGIEnvironment, path: str, *, keep: bool) -> _Call:
+    def _receive(self, environ: WSGIEnvironment, path: str, *, keep: bool) -> Call:
         """Read the body, in slices and without holding it unless it is asked for, and record the call."""
         source, digest, length, complete = environ["wsgi.input"], hashlib.sha256(), 0, True
         kept: bytearray | None = bytearray()
@@ -267,45 +246,45 @@ class Sandbox:
         self.calls.add(received)
         host = environ.get("HTTP_HOST") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
         start_timeout = "HTTP_X_FAL_REQUEST_TIMEOUT" in environ
-        return _Call(received, path.strip("/"), path, host, body if keep else None, start_timeout)
+        return Call(received, path.strip("/"), path, host, body if keep else None, start_timeout)
 
-    def _worked(self, call: _Call, wanted: Weather) -> _Outcome:
+    def _worked(self, call: Call, wanted: Weather) -> Outcome:
         if wanted.delay_s:
             gevent.sleep(float(wanted.delay_s))
         if wanted.hold_until is not None and not self.gates.wait(wanted.hold_until, HOLD_MAX_S):
             detail = f"{wanted.hold_until!r} was not released within {HOLD_MAX_S} s"
-            return _Outcome(replies.of_json(500, {"detail": detail, "error_type": "internal_error"}), None)
+            return Outcome(replies.of_json(500, {"detail": detail, "error_type": "internal_error"}), None)
         rule = self.rules.get(call.endpoint_id.removesuffix(streams.SUFFIX))
         call = replace(call, is_stream=call.endpoint_id.endswith(streams.SUFFIX))
         if rule is None or (call.is_stream and not model_of(rule).streams):
-            return _Outcome(replies.not_found(call.path), Decimal(0))
+            return Outcome(replies.not_found(call.path), Decimal(0))
         if call.received.method not in ("POST", "GET"):
-            return _Outcome(replies.error(405, call.path, call.host).with_headers(("allow", "GET, POST")), None)
-        outcome = _outcome(call, wanted, rule)
+            return Outcome(replies.error(405, call.path, call.host).with_headers(("allow", "GET, POST")), None)
+        outcome = outcome_of(call, wanted, rule)
         if not outcome.events:
             return outcome
         return replace(outcome, reply=streams.reply(outcome.reply.status, list(outcome.events), wanted, self.gates))
 
-    def _count(self, call: _Call, outcome: _Outcome, wanted: Weather) -> None:
+    def _count(self, call: Call, outcome: Outcome, wanted: Weather) -> None:
         """The call on the bill, if fal would bill it."""
         worth = None if outcome.units is None else outcome.units * wanted.units_factor
-        texts = _unit_texts(worth, wanted)
+        texts = unit_texts(worth, wanted)
         if outcome.rule is not None:
             # A header that is no number hides what the call is worth; it does not change it.
             units = parse_units(texts[:1]) if texts and wanted.units != "twice" else None
             units = worth if units is None else units
             status = outcome.reply.status
-            if units is not None and _is_billed(status, units):
+            if units is not None and is_billed(status, units):
                 request_id = call.received.request_id
-                self.bill.add(request_id, outcome.rule, status, units, delivered=wanted.arrives_whole)
+                self.bill.add(request_id, outcome.rule, status, units, delivered=wanted.arrives_whole, at=self.now())
 
-    def _adorned(self, call: _Call, outcome: _Outcome, wanted: Weather) -> Reply:
+    def _adorned(self, call: Call, outcome: Outcome, wanted: Weather) -> Reply:
         """The reply with fal's headers."""
         reply = outcome.reply
         worth = None if outcome.units is None else outcome.units * wanted.units_factor
         if wanted.body != "html":  # a page of an ingress, which fal's headers do not adorn
             reply = reply.with_headers(("x-fal-request-id", call.received.request_id), *_COMMON)
-        reply = reply.with_headers(*(("x-fal-billable-units", text) for text in _unit_texts(worth, wanted)))
+        reply = reply.with_headers(*(("x-fal-billable-units", text) for text in unit_texts(worth, wanted)))
         return replies.gzipped(reply) if wanted.encoding == "gzip" else reply
 
 
@@ -314,69 +293,6 @@ def create_sandbox(
 ) -> Sandbox:
     """A simulated fal that serves these models and bills them at these prices."""
     return Sandbox(rules, new_id, now)
-
-
-def _outcome(call: _Call, wanted: Weather, rule: PriceRule) -> _Outcome:
-    """What the model answers, or the answer that the weather lays down in its place."""
-    if not wanted.keeps_body:
-        status = wanted.status or 200
-        if wanted.size_bytes is not None:
-            return _Outcome(replies.sized(status, wanted.size_bytes), Decimal(1), rule)
-        told = {"sha256": call.received.body_sha256, "length": call.received.body_length}
-        return _Outcome(replies.of_json(status, told), Decimal(1), rule)
-    if call.body is None:
-        return _Outcome(replies.of_json(413, {"detail": "Request body too large"}), None)
-    call_input, problems = _input(call)
-    model = model_of(rule)
-    if not wanted.answers_anything:
-        problems = problems or validation.problems(model, rule.estimate, call_input, call.received.body_length)
-        if problems:
-            return _Outcome(replies.of_json(422, {"detail": problems}), Decimal(0), rule)
-    status = wanted.status or 200
-    if not 200 <= status < 300:
-        reply = replies.error(status, call.path, call.host)
-        if wanted.body is not None:
-            reply = replies.odd(status, wanted.body)
-        if status == 504 and call.start_timeout:
-            reply = reply.with_headers(("x-fal-request-timeout-type", "user"))
-        return _Outcome(reply, Decimal(0) if status == 404 else None, rule)
-    fingerprint = hashlib.sha256(f"{rule.model}\n{call.received.query}\n{call.received.body_sha256}".encode())
-    request = answers.Request(rule, model, call_input, call.host, fingerprint.hexdigest()[:32])
-    answer, work = answers.answer(request)
-    reply = replies.odd(status, wanted.body) if wanted.body is not None else replies.of_json(status, answer)
-    if status == 204:
-        reply = replies.of_bytes(status, b"")
-    is_stream = call.is_stream and wanted.body is None and status != 204
-    events = tuple(streams.events(request, answer, wanted.events)) if is_stream else ()
-    return _Outcome(reply, billed_units(rule, call_input, work), rule, events)
-
-
-def _input(call: _Call) -> tuple[Mapping[str, Any], list[validation.Problem]]:
-    if call.received.method == "POST":
-        return validation.parsed(call.body or b"")
-    gathered: dict[str, Any] = {}
-    for name, value in parse_qsl(call.received.query, keep_blank_values=True):
-        gathered[name] = value
-    return gathered, []
-
-
-def _unit_texts(worth: Decimal | None, wanted: Weather) -> list[str]:
-    """The values of the units header, each of which is sent."""
-    plain = [] if worth is None else [decimal_text(worth)]
-    match wanted.units:
-        case None:
-            return plain
-        case "none":
-            return []
-        case "twice":
-            return (plain or ["1"]) * 2
-        case raw:
-            return [raw]
-
-
-def _is_billed(status: int, units: Decimal) -> bool:
-    """fal's rules: never 5xx, nor what its gateway refused; errors only for units."""
-    return 200 <= status < 300 or (400 <= status < 500 and status not in (401, 402, 403) and units > 0)
 
 
 def _is_authorized(header: str) -> bool:

@@ -153,6 +153,7 @@ What it imitates
     a file of at most 256 MiB, the oldest making room for the newest; its URL does as a model's input
   fal_webhook on a submit: a signed POST when the job completes, to loopback addresses only, repeated four times
     within seconds; the key's public half is at /.well-known/jwks.json and /rest/.well-known/jwks.json
+  the platform API's GET /v1/models/billing-events: a row for each billed call, as soon as it is billed
 
 What it does not imitate
   WebSockets, the rest of the platform API; CORS

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from decimal import Decimal
 from time import monotonic
 from typing import Any
@@ -111,6 +112,7 @@ class Billed:
     unit_price_usd: Decimal
     cost_nano_usd: int
     delivered: bool
+    at: datetime
 
 
 class Bill:
@@ -121,12 +123,18 @@ class Bill:
         self.cost_nano_usd = 0
         self._billed: deque[Billed] = deque(maxlen=BILLED_MAX)
 
-    def add(self, request_id: str, rule: PriceRule, status: int, units: Decimal, *, delivered: bool) -> None:
+    def add(
+        self, request_id: str, rule: PriceRule, status: int, units: Decimal, *, delivered: bool, at: datetime
+    ) -> None:
         price = rule.fal_unit_price_usd
         cost = product_nanos(units, price)
-        self._billed.append(Billed(request_id, rule.model, status, units, price, cost, delivered))
+        self._billed.append(Billed(request_id, rule.model, status, units, price, cost, delivered, at))
         self.calls += 1
         self.cost_nano_usd += cost
+
+    def latest(self) -> list[Billed]:
+        """The billed calls, oldest first."""
+        return list(self._billed)
 
     def as_json(self) -> dict[str, Any]:
         billed = [
