@@ -164,6 +164,13 @@ class Settings:
         _credential,
         secret=True,
     )
+    fal_admin_key: str | None = _setting(
+        "FAL_ADMIN_KEY",
+        "",
+        "a credential of fal's with ADMIN scope, for its billing events (`abhiapi reconcile`); unset: `FAL_KEY`",
+        _credential,
+        secret=True,
+    )
     database_url: str = _setting(
         "ABHIAPI_DATABASE_URL",
         "",

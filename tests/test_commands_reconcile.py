@@ -23,6 +23,8 @@ from tests.test_queue import Jobs, at_once
 
 SIDE_BY_SIDE = 20
 FIELDS = ["settled", "released", "adjusted", "drift", "unknown", "open", "failed"]
+DRIFT_FIELDS = {"kind", "call_id", "fal_request_id", "model", "credits", "units", "fal_units", "fal_cost_usd"}
+FIELDS_OF_BILL = ["events", "pending", "losses", "loss_usd"]
 
 
 @pytest.fixture
@@ -41,9 +43,8 @@ def run(server: Server, *arguments: str, **settings: str) -> Done:
 def told(done: Done) -> dict[str, Any]:
     assert done.exit_code == 0, done.stderr
     shape: dict[str, Any] = json.loads(done.stdout)
-    assert list(shape) == FIELDS
-    assert (shape["adjusted"], shape["drift"]) == (0, None)  # not compared yet, and so not claimed
-    return {name: value for name, value in shape.items() if value}
+    assert list(shape) == FIELDS + FIELDS_OF_BILL
+    return {name: value for name, value in shape.items() if value and name in FIELDS and name != "drift"}
 
 
 def completed(fal: Fal, ids: list[str]) -> bool:
@@ -66,7 +67,9 @@ def test_what_has_completed_is_settled_now(server: Server, fal: Fal) -> None:
     assert server.books.verify().problems == []
     fal.release("reconciled")
     table = until(lambda: (done := run(server)).stdout.startswith("settled   1\n") and done, what="the last one")
-    assert [line.split()[0] for line in table.lines] == FIELDS
+    assert sorted(line.split()[0] for line in table.lines[: len(FIELDS + FIELDS_OF_BILL)]) == sorted(
+        FIELDS + FIELDS_OF_BILL
+    )
     assert server.post(key).status_code == 200  # the server has noticed nothing
 
 
@@ -101,13 +104,69 @@ def test_what_only_the_living_server_knows_is_left_to_it(server: Server, fal: Fa
     assert server.books.standing(account) == (5_000_000 - FLUX_MICROS, 0)
 
 
-def test_without_a_server_it_is_the_operators(server: Server, fal: Fal) -> None:
+def test_without_a_server_fals_bill_tells_or_it_is_the_operators(server: Server, fal: Fal) -> None:
+    """What the killed server knew of the job is gone; fal's bill knows the units, where one may read it."""
     account, key = server.books.account(5000)
     request_id = Jobs(server, key).job(weather="units=none")
     until(lambda: completed(fal, [request_id]), what="fal is done")
     server.process.kill()
-    assert told(run(server, "--json")) == {"unknown": 1}
+    refused = run(server, "--json", FAL_ADMIN_KEY="api-only:x")
+    assert refused.exit_code == 1
+    assert "FAL_ADMIN_KEY" in refused.stderr.splitlines()[-1]
+    shape = json.loads(refused.stdout)
+    assert (shape["unknown"], shape["drift"]) == (1, None)
     assert server.books.calls(account)[0].reason == "no_units"
+    assert told(run(server, "--json")) == {"settled": 1}
+    assert server.books.standing(account) == (5_000_000 - FLUX_MICROS, 0)
+    assert server.books.verify().problems == []
+
+
+def test_drift_is_listed_with_what_it_takes_to_look_into_it(server: Server, fal: Fal) -> None:
+    """A call that somebody else made with the operator's credential, and one whose charge had to be computed."""
+    account, key = server.books.account(5000)
+    server.post(key, weather="units=none")
+    direct = requests.post(
+        f"{fal.url}/fal-ai/flux/dev",
+        json={"prompt": "x", "image_size": "square_hd"},
+        headers={"Authorization": f"Key {OPERATOR_KEY}"},
+        timeout=30,
+    )
+    requests.post(
+        f"{fal.url}/fal-ai/flux/schnell", json={"prompt": "x"}, headers={"Authorization": "Key a:b"}, timeout=30
+    )
+    done = run(server, "--json")
+    assert done.exit_code == 0
+    mine = [
+        one for one in json.loads(done.stdout)["drift"] if one["fal_request_id"] == direct.headers["x-fal-request-id"]
+    ]
+    assert [(one["kind"], one["call_id"], one["model"]) for one in mine] == [
+        ("unexplained_event", None, "fal-ai/flux/dev")
+    ]
+    assert all(set(one) == DRIFT_FIELDS for one in json.loads(done.stdout)["drift"])
+    table = run(server).stdout
+    assert direct.headers["x-fal-request-id"] in table
+    assert server.books.calls(account)[0].usage_source == "events"
+    assert server.books.verify().problems == []
+
+
+@pytest.mark.parametrize("weather", [{"status": 403}, {"body": "html"}, {"body": "array"}, {"body": "object"}])
+def test_a_bad_answer_of_fals_changes_nothing_and_is_said(server: Server, fal: Fal, weather: dict[str, Any]) -> None:
+    account, key = server.books.account(5000)
+    server.post(key, weather="units=none")
+    before = server.books.standing(account)
+    match = {"match": "v1/models/billing-events"}
+    requests.post(fal.url + "/_sandbox/weather", json=[match | weather] * 5, timeout=10).raise_for_status()
+    done = run(server, "--json")
+    requests.delete(fal.url + "/_sandbox/weather", timeout=10)
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["drift"] is None
+    assert "fal's bill could not be read" in done.stderr.splitlines()[-1]
+    assert OPERATOR_KEY not in done.stderr + done.stdout
+    assert server.books.standing(account) == before
+
+
+def test_a_bad_day_is_named(server: Server) -> None:
+    assert "2026-11-22" in run(server, "--since", "yesterday").misused()
 
 
 @pytest.mark.parametrize("settings", [{"ABHIAPI_FAL_QUEUE_URL": "http://127.0.0.1:9"}, {}], ids=["gone", "refuses"])
@@ -149,6 +208,11 @@ def test_jobs_are_looked_at_side_by_side_and_waiting_is_told(tmp_path: Path, clo
     together, was_told = threading.Barrier(SIDE_BY_SIDE), threading.Event()
 
     def script(sock: socket.socket, received: Received) -> None:
+        if "billing-events" in received.line:
+            body = b'{"billing_events":[],"next_cursor":null,"has_more":false}'
+            head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            sock.sendall(head.encode() + body)
+            return
         together.wait(20)
         assert was_told.wait(20)
         body = b'{"status":"IN_PROGRESS"}'
@@ -158,7 +222,7 @@ def test_jobs_are_looked_at_side_by_side_and_waiting_is_told(tmp_path: Path, clo
     with upstream() as slow:
         slow.script = script
         process = CommandLine(tmp_path).start(
-            "reconcile", "--json", FAL_KEY=OPERATOR_KEY, ABHIAPI_FAL_QUEUE_URL=slow.url
+            "reconcile", "--json", FAL_KEY=OPERATOR_KEY, ABHIAPI_FAL_QUEUE_URL=slow.url, ABHIAPI_FAL_API_URL=slow.url
         )
         assert process.stderr is not None
         assert process.stderr.readline() == "0 jobs looked at, 0 of them ended, 0 failed\n"

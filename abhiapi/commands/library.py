@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from abhiapi import accounts as accounts
     from abhiapi import audit as audit
+    from abhiapi import billing as billing
     from abhiapi import calls as calls
     from abhiapi import costs as costs
     from abhiapi import db as db
+    from abhiapi import fal_bill as fal_bill
     from abhiapi import fal_prices as fal_prices
     from abhiapi import ids as ids
     from abhiapi import jsonbytes as jsonbytes
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from abhiapi import ledger as ledger
     from abhiapi import metering as metering
     from abhiapi import migrations as migrations
+    from abhiapi import money as money
     from abhiapi import platform_api as platform_api
     from abhiapi import price_sync as price_sync
     from abhiapi import prices as prices
