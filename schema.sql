@@ -229,6 +229,35 @@ CREATE INDEX webhooks_waiting ON webhooks (next_attempt_at) WHERE state = 'waiti
 CREATE INDEX webhooks_due ON webhooks (account_id, next_attempt_at) WHERE state = 'due';
 CREATE INDEX webhooks_kept ON webhooks (ended_at) WHERE payload IS NOT NULL AND ended_at IS NOT NULL;
 
+-- People who sign in to the dashboard. They never call with what is in here: that takes a key.
+CREATE TABLE users (
+    user_id         INTEGER PRIMARY KEY,
+    account_id      INTEGER REFERENCES accounts,      -- whose figures they see; NULL: an operator without an account
+    email           TEXT    NOT NULL UNIQUE CHECK (length(email) BETWEEN 3 AND 254 AND email = lower(email)),
+    password_hash   TEXT    CHECK (password_hash LIKE '$argon2id$%'),  -- NULL: none was set, and none signs in
+    is_operator     INTEGER NOT NULL DEFAULT 0 CHECK (is_operator IN (0, 1)),
+    session_epoch   INTEGER NOT NULL DEFAULT 1,       -- sessions of an earlier epoch are over
+    created_at      INTEGER NOT NULL,
+    last_login_at   INTEGER,                          -- NULL: never
+    CHECK (account_id IS NOT NULL OR is_operator = 1)
+) STRICT;
+CREATE INDEX users_by_account ON users (account_id);
+
+-- Links to set a password with. The token in the link is stored nowhere.
+CREATE TABLE invites (
+    digest          BLOB    PRIMARY KEY CHECK (length(digest) = 32),  -- SHA-256 of the token
+    email           TEXT    NOT NULL CHECK (length(email) BETWEEN 3 AND 254 AND email = lower(email)),
+    account_id      INTEGER REFERENCES accounts,      -- of the user to be; NULL: an operator without an account
+    is_operator     INTEGER NOT NULL DEFAULT 0 CHECK (is_operator IN (0, 1)),
+    -- password: once, to set one; demo: signs in by itself until it expires (`serve --sandbox --demo` alone makes it).
+    purpose         TEXT    NOT NULL DEFAULT 'password' CHECK (purpose IN ('password', 'demo')),
+    created_at      INTEGER NOT NULL,
+    expires_at      INTEGER NOT NULL,
+    used_at         INTEGER,                          -- NULL: not yet
+    CHECK (account_id IS NOT NULL OR is_operator = 1)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX invites_by_email ON invites (email);
+
 -- What must never happen is refused by the database itself.
 CREATE TRIGGER entries_are_immutable BEFORE UPDATE ON entries
 BEGIN SELECT RAISE(ABORT, 'ledger entries are never changed'); END;

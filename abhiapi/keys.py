@@ -19,6 +19,7 @@ from abhiapi import prices, tables
 from abhiapi.db import Row, Tx
 from abhiapi.errors import (
     AccountSuspended,
+    BadRequest,
     InvalidKey,
     KeyDisabled,
     KeyExpired,
@@ -33,6 +34,7 @@ PREFIX = "sk-fal-"
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _CHANCE, _CHECK = 26, 6  # 26 characters of base 62 are 154 bits; a CRC-32 fits 6
 _SHAPE = re.compile(rf"{PREFIX}[0-9A-Za-z]{{{_CHANCE + _CHECK}}}")
+LABEL_MAX = 64
 LAST_USED_STEP_MS = 60_000  # last_used_at is kept to the minute, to spare a write on every call
 
 _k = tables.keys.c
@@ -206,6 +208,14 @@ def find(tx: Tx, text: str) -> Key | None:
     else:
         return None
     return _key(row) if row else None
+
+
+def label(text: str) -> str | None:
+    """A key's label as it was typed; None for a blank one. Raises `BadRequest`."""
+    text = text.strip()
+    if len(text) > LABEL_MAX or not text.isprintable():
+        raise BadRequest(f"a key's name has at most {LABEL_MAX} printable characters")
+    return text or None
 
 
 def listed(tx: Tx, account_id: int | None = None) -> list[Key]:

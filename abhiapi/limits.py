@@ -45,6 +45,7 @@ class ExactMemoryStorage(Storage, MovingWindowSupport):
         self._now = now
         self._times: dict[str, deque[float]] = {}
         self._new_keys = 0
+        self._longest_s = 0
 
     @property
     def base_exceptions(self) -> type[Exception]:
@@ -52,6 +53,7 @@ class ExactMemoryStorage(Storage, MovingWindowSupport):
 
     def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
         now = self._now()
+        self._longest_s = max(self._longest_s, expiry)
         times = self._fresh(key, now - expiry)
         if len(times) + amount > limit:
             return False
@@ -68,7 +70,7 @@ class ExactMemoryStorage(Storage, MovingWindowSupport):
         if times is None:
             self._new_keys += 1
             if self._new_keys >= _KEYS_BETWEEN_SWEEPS:
-                self._sweep(since)
+                self._sweep(self._now() - self._longest_s)  # windows of several lengths share this storage
             times = self._times[key] = deque()
         while times and times[0] <= since:
             times.popleft()

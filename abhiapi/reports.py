@@ -18,6 +18,7 @@ from abhiapi.calls import OPEN
 from abhiapi.db import Row, Tx
 from abhiapi.ids import key_text
 from abhiapi.money import Micros
+from abhiapi.spending import Spent
 
 Grouping = Literal["day", "model", "key", "account"]
 EPOCH = date(1970, 1, 1)
@@ -84,6 +85,12 @@ _KEEPER = (
     select(_c.process_id, tables.processes.c.pid, _c.deadline_at)
     .join_from(tables.calls, tables.processes, _c.process_id == tables.processes.c.process_id)
     .where(_c.call_id == bindparam("call"))
+)
+_SPENT = (
+    select(_u.day, _u.model, func.sum(_u.calls), func.sum(_u.charged_micros))
+    .where(_u.account_id == bindparam("account"), _u.day >= bindparam("first"), _u.day <= bindparam("last"))
+    .group_by(_u.day, _u.model)
+    .order_by(_u.day, _u.model)
 )
 _ALL_ENTRIES = (
     select(*_ENTRY_COLUMNS, _a.name)
@@ -193,6 +200,12 @@ def usage(
     """Usage of the days from ``since`` to ``until``, both included (UTC days on which the calls ended)."""
     rows = tx.all(_USAGE[by, account_id is not None], **_bounds(account_id, since, until))
     return [UsageRow(_group_text(by, group), calls, Micros(micros), nanos) for group, calls, micros, nanos in rows]
+
+
+def spent(tx: Tx, account_id: int, *, since: date, until: date) -> list[Spent]:
+    """What an account spent, by day and model (UTC days on which the calls ended)."""
+    rows = tx.all(_SPENT, **_bounds(account_id, since, until))
+    return [Spent(EPOCH + timedelta(days=day), model, calls, Micros(micros)) for day, model, calls, micros in rows]
 
 
 def total(rows: list[UsageRow]) -> UsageRow:

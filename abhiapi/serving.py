@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from abhiapi import accounts, keys, ledger
+from abhiapi import accounts, keys, ledger, users
 from abhiapi.db import Tx
 from abhiapi.errors import BadRequest, Refused, SettingsError
 from abhiapi.migrations import open_database
@@ -20,6 +20,7 @@ from abhiapi.settings import Settings, default_database_url, environment
 CONNECTIONS = 4000
 FILES_PER_CALL = 2  # one connection to the caller, one to fal
 DEMO_ACCOUNT, DEMO_MICROS, DEMO_REF = "demo", Micros(5_000_000), "demo credit"
+DEMO_EMAIL = "demo@example.com"
 SANDBOX_CREDENTIAL = "sandbox:not-a-credential-of-fal"
 
 
@@ -135,10 +136,31 @@ def demo_key(settings: Settings) -> str:
     return key
 
 
-def demo_banner(base_url: str, key: str, database_path: Path) -> str:
-    """What a newcomer reads: a line that works when pasted, and how to look at the books."""
+def demo_link(settings: Settings) -> str:
+    """The path of a link that signs in the demo account's user, who sees the operator's pages as well.
+
+    They have no password, so nothing but this link lets anybody in as them, and each start makes a new one.
+    """
+    now_ms = time.time_ns() // 1_000_000
+
+    def set_up(tx: Tx) -> str:
+        account = accounts.find(tx, DEMO_ACCOUNT) or accounts.create(tx, DEMO_ACCOUNT, now_ms=now_ms)
+        owner = account.account_id
+        if users.find(tx, DEMO_EMAIL) is None:
+            users.create(tx, DEMO_EMAIL, account_id=owner, is_operator=True, password_hash=None, now_ms=now_ms)
+        return users.invite(tx, DEMO_EMAIL, account_id=owner, purpose="demo", now_ms=now_ms)[0]
+
+    return f"/dashboard/demo/{open_database(settings).write(set_up)}"
+
+
+def demo_banner(base_url: str, key: str, link: str, database_path: Path) -> str:
+    """What a newcomer reads: where to click, a line that works when pasted, and how to look at the books."""
     return f"""
-AbhiAPI serves the built-in simulator of fal: nothing here costs money. Paste this:
+AbhiAPI serves the built-in simulator of fal: nothing here costs money. Open the dashboard, signed in:
+
+  {base_url}{link}
+
+Or paste this:
 
   curl -X POST {base_url}/fal-ai/flux/dev \\
     -H "x-api-key: {key}" \\

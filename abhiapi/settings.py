@@ -86,6 +86,13 @@ def webhook_secret(text: str) -> bytes:
     return secret
 
 
+def _secret_key(value: str) -> str | None:
+    secret = _credential(value)
+    if secret is not None and len(secret) < 32:
+        raise ValueError("must have at least 32 characters (the value is not shown here)")
+    return secret
+
+
 def _interval(value: str) -> int:
     return 0 if value == "0" else _whole(60, 30 * 86_400)(value)
 
@@ -249,6 +256,19 @@ class Settings:
         "database, made at the first start",
         _webhook_key,
         secret=True,
+    )
+    secret_key: str | None = _setting(
+        "ABHIAPI_SECRET_KEY",
+        "",
+        "what signs the dashboard's sessions, at least 32 characters; unset: derived from the webhook key",
+        _secret_key,
+        secret=True,
+    )
+    open_signup: bool = _setting(
+        "ABHIAPI_OPEN_SIGNUP",
+        "0",
+        "`1`: anybody may make themselves an account, without credit, on the dashboard; `0`: by invitation only",
+        _flag,
     )
     webhook_allow_loopback: bool = _setting(
         "ABHIAPI_WEBHOOK_ALLOW_LOOPBACK",

@@ -13,6 +13,7 @@ from abhiapi.accounts import Account
 from abhiapi.keys import Key
 from abhiapi.pricing import Price, decimal_text
 from abhiapi.reports import CallRow, EntryRow, UsageRow
+from abhiapi.users import Invite, User
 from abhiapi.webhooks import WebhookRow
 from abhiapi.webhookwire import without_query
 
@@ -41,6 +42,27 @@ def key(row: Key, *, now_ms: int) -> Json:
         "status": row.status_at(now_ms),
         "created_at": ids.time_text(row.created_at),
         "last_used_at": ids.time_text(row.last_used_at),
+        "expires_at": ids.time_text(row.expires_at),
+    }
+
+
+def user(row: User) -> Json:
+    return {
+        "email": row.email,
+        "account": row.account,
+        "operator": row.is_operator,
+        "created_at": ids.time_text(row.created_at),
+        "last_login_at": ids.time_text(row.last_login_at),
+    }
+
+
+def invite(row: Invite, link: str) -> Json:
+    """An invitation just made: the only shape that holds its link."""
+    return {
+        "email": row.email,
+        "account": row.account,
+        "operator": row.is_operator,
+        "link": link,
         "expires_at": ids.time_text(row.expires_at),
     }
 

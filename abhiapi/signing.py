@@ -1,5 +1,7 @@
 """Our key for webhooks: signs what we deliver, shows its public half, and makes the tokens of our own webhook URLs.
 
+What signs the dashboard's sessions is derived from it too, so that there is one secret to keep.
+
 Sole user of `cryptography`. The private key comes from a setting or from a file beside the database that is made at
 the first start; it is never in the database, a log or an error.
 """
@@ -17,6 +19,8 @@ from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from abhiapi.errors import SettingsError
@@ -28,12 +32,13 @@ SECRET_BYTES = 32
 class WebhookKey:
     """One ED25519 key. Shows nothing of itself."""
 
-    __slots__ = ("_private", "_token_key", "public")
+    __slots__ = ("_private", "_token_key", "public", "session_secret")
 
     def __init__(self, secret: bytes) -> None:
         self._private = Ed25519PrivateKey.from_private_bytes(secret)
         self.public: bytes = self._private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
         self._token_key = hmac.digest(secret, b"abhiapi webhook tokens", "sha256")
+        self.session_secret: bytes = HKDF(SHA256(), SECRET_BYTES, salt=None, info=b"abhiapi sessions").derive(secret)
 
     @classmethod
     def new(cls) -> WebhookKey:

@@ -79,3 +79,12 @@ webhooks = _table(
     "call_id:int! account_id:int url:text state:text attempts:int next_attempt_at:int? last_status:int?"
     " last_error:text? created_at:int ended_at:int? payload:blob?",
 )
+users = _table(
+    "users",
+    "user_id:int! account_id:int? email:text password_hash:text? is_operator:int session_epoch:int created_at:int"
+    " last_login_at:int?",
+)
+invites = _table(
+    "invites",
+    "digest:blob! email:text account_id:int? is_operator:int purpose:text created_at:int expires_at:int used_at:int?",
+)

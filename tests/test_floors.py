@@ -20,19 +20,19 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
     for floor in (
         """
         errors money ids estimates price_terms price_file price_sync pricing metering
-        jsonbytes encodings eventstream
+        jsonbytes encodings eventstream spending
         wire queuewire webhookwire target addresses
         """,
         """
         settings tables db migrations committer
         http_parser http_adapter fal fal_keys platform_api
-        signing outbound
+        signing outbound passwords
         metrics polls
         """,
         """
         ledger calls jobs billing idempotency keys accounts processes
         prices fal_prices costs timers
-        reports audit shapes webhooks
+        reports audit shapes webhooks users
         """,
         """
         limits runtime admission replay
@@ -55,6 +55,9 @@ DOORS = {
     "sqlalchemy": {"db", "tables", "settings", *ROWS, "migrations"},
     "flask": {"web", "settings"},
     "flask_limiter": {"web"},
+    "flask_login": {"web"},
+    "flask_wtf": {"web"},
+    "argon2": {"passwords"},
     "gunicorn": {"worker"},
     "click": {"commands"},
     "prometheus_client": {"metrics"},

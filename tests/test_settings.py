@@ -38,6 +38,8 @@ BAD = {
     "ABHIAPI_CORS_ORIGINS": "https://app.example.com/",
     "ABHIAPI_WEBHOOK_KEY": "too short",
     "ABHIAPI_WEBHOOK_ALLOW_LOOPBACK": "yes",
+    "ABHIAPI_SECRET_KEY": "too-short",
+    "ABHIAPI_OPEN_SIGNUP": "maybe",
     "ABHIAPI_FAL_USER_ID": "two words",
 }
 

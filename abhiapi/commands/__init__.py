@@ -25,6 +25,7 @@ from abhiapi.commands.prices import estimate, prices
 from abhiapi.commands.reconcile import reconcile
 from abhiapi.commands.serve import sandbox, serve
 from abhiapi.commands.usage import usage
+from abhiapi.commands.users import invite_user, list_users, make_operator
 from abhiapi.commands.webhooks import webhooks
 
 
@@ -58,3 +59,5 @@ for _command in (
     main.add_command(_command)
 for _command in (sync_prices, diff_prices, check_prices, replay_prices):
     prices.add_command(_command)
+for _command in (invite_user, make_operator, list_users):
+    accounts.add_command(_command)

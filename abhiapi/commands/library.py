@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from abhiapi import shapes as shapes
     from abhiapi import sync as sync
     from abhiapi import timers as timers
+    from abhiapi import users as users
     from abhiapi import webhooks as webhooks
 else:
 

@@ -14,7 +14,11 @@ DEFAULT_BIND, DEFAULT_SANDBOX_BIND = "127.0.0.1:8000", "127.0.0.1:8001"
 
 @click.command()
 @click.option("--sandbox", "with_sandbox", is_flag=True, help="Serve the built-in simulator of fal; no FAL_KEY needed.")
-@click.option("--demo", is_flag=True, help="With --sandbox: an account with 5,000 credits, and a line to paste.")
+@click.option(
+    "--demo",
+    is_flag=True,
+    help="With --sandbox: an account with 5,000 credits, a link that signs in, and a line to paste.",
+)
 @click.option("--bind", default=DEFAULT_BIND, show_default=True, metavar="HOST:PORT", help="Where to listen.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 64), help="Number of processes.")
 def serve(with_sandbox: bool, demo: bool, bind: str, workers: int) -> None:
@@ -47,7 +51,8 @@ def serve(with_sandbox: bool, demo: bool, bind: str, workers: int) -> None:
     database = open_database(settings)
     if demo:
         base_url = settings.public_url or f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-        os.environ["ABHIAPI_BANNER"] = serving.demo_banner(base_url, serving.demo_key(settings), database.path)
+        key, link = serving.demo_key(settings), serving.demo_link(settings)
+        os.environ["ABHIAPI_BANNER"] = serving.demo_banner(base_url, key, link, database.path)
     arguments = ["-c", "python:abhiapi.gunicorn_config", "-b", bind, "-w", str(workers), "abhiapi.wsgi:app"]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "gunicorn", *arguments])

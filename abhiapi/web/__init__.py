@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import simplejson
-from flask import Flask, Response
+from flask import Flask, Response, current_app, request
 from flask.json.provider import JSONProvider
 from flask_limiter import Limiter
 from werkzeug.exceptions import HTTPException
@@ -15,7 +15,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from abhiapi import gateway, queue_gateway, queuewire, target, wire
 from abhiapi.errors import STATUS_NAMES, AbhiError, BodyTooLarge, MethodNotAllowed, RateLimited, UnknownRoute
 from abhiapi.runtime import Runtime
-from abhiapi.web import api, cors, proxy
+from abhiapi.web import api, cors, pages, proxy
 from abhiapi.web.caller import request_key
 
 # What Flask serves, or refuses: everything else is a call. The refused ones mint credentials at fal or reach into
@@ -53,6 +53,7 @@ def create_app(rt: Runtime) -> Flask:
         headers_enabled=False,
     )
     app.register_blueprint(api.blueprint(limiter, V1_LIMIT))
+    pages.install(app, rt, limiter)
     app.register_error_handler(AbhiError, _error_reply)
     app.register_error_handler(HTTPException, _http_error_reply)
     hops = rt.settings.trusted_proxies
@@ -93,6 +94,8 @@ def _error_reply(error: AbhiError) -> Response:
 
 def _http_error_reply(error: HTTPException) -> Response:
     code = error.code or 500
+    if pages.is_page(request.path):
+        return pages.error_page(current_app, error)
     if code == 404:
         return _error_reply(UnknownRoute("no such route here: models are called at /{any-fal-path}, see /docs"))
     if code == 405:

@@ -24,7 +24,7 @@ from abhiapi.errors import (
 from abhiapi.money import credits
 from abhiapi.runtime import HEALTH_PATIENCE_S
 from abhiapi.settings import STALL_S
-from abhiapi.web.caller import caller, runtime
+from abhiapi.web.caller import base_url, caller, runtime
 
 PAGE_MAX, PAGE_DEFAULT = 200, 50
 BODY_BYTES_MAX = 1024 * 1024  # of a request to one of these routes
@@ -59,7 +59,7 @@ def index() -> Response:
     text = (
         "AbhiAPI: a transparent, prepaid proxy in front of fal.ai.\n\n"
         "Replace https://fal.run by this address, send your key in the header x-api-key, keep everything else.\n\n"
-        f'  curl -X POST {_base_url()}/fal-ai/flux/dev -H "x-api-key: sk-fal-your-key" \\\n'
+        f'  curl -X POST {base_url()}/fal-ai/flux/dev -H "x-api-key: sk-fal-your-key" \\\n'
         '    -H "Content-Type: application/json" -d \'{"prompt": "a futuristic city at night"}\'\n\n'
         "GET /v1/prices lists the models, GET /v1/account shows your balance, GET /healthz whether we are well.\n"
     )
@@ -231,7 +231,3 @@ def _day(name: str) -> date | None:
         return reports.parse_day(text)
     except ValueError as error:
         raise BadRequest(f"{name}: {error}") from error
-
-
-def _base_url() -> str:
-    return runtime().settings.public_url or request.host_url.rstrip("/")

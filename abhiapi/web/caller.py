@@ -25,3 +25,8 @@ def caller() -> keys.Caller:
     """The caller by their key; a suspended account may look at what it has. Raises 401 and 403 errors."""
     key, _ = wire.caller_key({name.lower(): value for name, value in request.headers.items()})
     return runtime().authenticate(key, may_be_suspended=True)
+
+
+def base_url() -> str:
+    """What customers write before a path to reach this service."""
+    return runtime().settings.public_url or request.host_url.rstrip("/")

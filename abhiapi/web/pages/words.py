@@ -1,0 +1,52 @@
+"""Figures and times as the pages write them: template filters, pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from markupsafe import Markup
+
+from abhiapi import ids, money
+
+
+def credits(micros: int) -> str:
+    """Credits, exact, with thousands apart: ``4,973.75``."""
+    return _grouped(money.credits_text(micros))
+
+
+def usd(micros: int) -> str:
+    """Dollars, exact, at least two decimals: ``$4.97375``, ``-$0.50``."""
+    text = _grouped(money.usd_text(abs(micros)))
+    whole, _, fraction = text.partition(".")
+    return f"{'-' if micros < 0 else ''}${whole}.{fraction.ljust(2, '0')}"
+
+
+def count(number: int) -> str:
+    return f"{number:,}"
+
+
+def when(at_ms: int | None, otherwise: str = "never") -> Markup:
+    """A time to the minute in UTC, exact where one asks for it."""
+    exact = ids.time_text(at_ms)
+    if exact is None or at_ms is None:
+        return Markup("{}").format(otherwise)
+    shown = datetime.fromtimestamp(at_ms // 1000, UTC).strftime("%Y-%m-%d %H:%M")
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(exact, exact, shown)
+
+
+def _grouped(text: str) -> str:
+    sign = "-" if text.startswith("-") else ""
+    whole, point, fraction = text.lstrip("-").partition(".")
+    return f"{sign}{int(whole):,}{point}{fraction}"
+
+
+FILTERS: dict[str, Callable[..., Any]] = {
+    "credits": credits,
+    "usd": usd,
+    "count": count,
+    "when": when,
+    "call_id": ids.call_text,
+    "key_id": ids.key_text,
+}
