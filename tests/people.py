@@ -1,0 +1,103 @@
+"""People at the dashboard as tests play them: each with a session and an address of their own, as a browser has."""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import cache
+from itertools import count
+from typing import Any
+
+import requests
+
+from abhiapi import accounts, passwords, users
+from abhiapi.db import Tx
+from abhiapi.users import User
+from tests.harness import Server
+
+PASSWORD = "correct horse battery"
+SIGN_IN = "/dashboard/sign-in"
+_numbers = count(1)
+_TOKEN = re.compile(r'name="csrf_token" value="([^"]+)"')
+
+
+@cache
+def password_hash() -> str:
+    return passwords.Passwords().hashed(PASSWORD)
+
+
+def new_email() -> str:
+    return f"person-{next(_numbers)}-{os.getpid()}@example.com"
+
+
+def new_address() -> str:
+    number = next(_numbers)
+    return f"10.{number // 65536}.{number // 256 % 256}.{number % 256}"
+
+
+class Person:
+    """Somebody with a browser. The server must trust one proxy, since that is what tells their address."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.session = requests.Session()
+        self.session.headers["X-Forwarded-For"] = new_address()
+
+    def get(self, path: str, **more: Any) -> requests.Response:
+        return self.session.get(self.server.url + path, timeout=30, allow_redirects=False, **more)
+
+    def post(self, path: str, form: dict[str, str] | None = None, **more: Any) -> requests.Response:
+        """Send a form as one that was just loaded."""
+        return self.post_bare(path, {"csrf_token": self.csrf_token(), **(form or {})}, **more)
+
+    def post_bare(self, path: str, form: dict[str, str], **more: Any) -> requests.Response:
+        return self.session.post(self.server.url + path, data=form, timeout=30, allow_redirects=False, **more)
+
+    def csrf_token(self) -> str:
+        match = _TOKEN.search(self.get(SIGN_IN).text)
+        assert match is not None
+        return match[1]
+
+    def sign_in(self, email: str, password: str = PASSWORD, *, after: str = "") -> requests.Response:
+        return self.post(SIGN_IN + after, {"email": email, "password": password})
+
+    @property
+    def cookie(self) -> str:
+        value = self.session.cookies.get("abhiapi_session", path="/dashboard")
+        assert value is not None
+        return value
+
+    def is_in(self) -> bool:
+        response = self.get("/dashboard/account")
+        assert response.status_code in (200, 302)
+        return response.status_code == 200
+
+
+def new_user(server: Server, account: str | None, *, is_operator: bool = False, email: str | None = None) -> User:
+    """A user whose password is PASSWORD."""
+    hashed = password_hash()
+
+    def make(tx: Tx) -> User:
+        owner = accounts.find(tx, account) if account is not None else None
+        return users.create(
+            tx,
+            email or new_email(),
+            account_id=owner.account_id if owner else None,
+            is_operator=is_operator,
+            password_hash=hashed,
+            now_ms=server.books.clock(),
+        )
+
+    return server.books.write(make)
+
+
+def visiting(server: Server, user: User) -> Person:
+    """This user, signed in; by the link that needs no password, which is quicker."""
+    token, _ = server.books.write(
+        lambda tx: users.invite(
+            tx, user.email, account_id=user.account_id, is_operator=True, purpose="demo", now_ms=server.books.clock()
+        )
+    )
+    person = Person(server)
+    assert person.get(f"/dashboard/demo/{token}").status_code == 303
+    return person
