@@ -176,6 +176,7 @@ CREATE TABLE entries (
     CHECK (kind <> 'topup' OR amount_micros > 0)
 ) STRICT, WITHOUT ROWID;
 CREATE UNIQUE INDEX entries_one_charge ON entries (call_id) WHERE kind = 'charge';
+CREATE INDEX entries_of_calls ON entries (call_id) WHERE call_id IS NOT NULL AND kind <> 'charge';
 CREATE UNIQUE INDEX entries_one_ref ON entries (account_id, ref) WHERE ref IS NOT NULL;
 
 -- What reports read: counted in the transaction that ends the call, and provable from calls (ledger verify).

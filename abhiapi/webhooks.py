@@ -113,7 +113,7 @@ _COLUMNS = select(
     _w.call_id, _a.name, _w.url, _w.state, _w.attempts, _w.next_attempt_at, _w.last_status, _w.last_error,
     _w.created_at, _w.ended_at, _w.payload.is_not(None),
 ).join_from(tables.webhooks, tables.accounts, _w.account_id == _a.account_id)  # fmt: skip
-_NEWEST = _COLUMNS.order_by(_w.call_id.desc()).limit(bindparam("most"))
+_NEWEST = _COLUMNS.where(_w.call_id < bindparam("before")).order_by(_w.call_id.desc()).limit(bindparam("most"))
 _LIST = {
     (False, False): _NEWEST,
     (True, False): _NEWEST.where(_w.account_id == bindparam("account")),
@@ -248,9 +248,11 @@ def drop_old(tx: Tx, *, now_ms: int, most: int) -> int:
     return tx.run(_DROP, before=now_ms - KEPT_MS, most=most)
 
 
-def newest(tx: Tx, *, account_id: int | None, state: State | None, most: int) -> list[WebhookRow]:
-    """The newest first."""
-    named = {"account": account_id, "in_state": state, "most": most}
+def newest(
+    tx: Tx, *, account_id: int | None, state: State | None, most: int, before: int = 2**63 - 1
+) -> list[WebhookRow]:
+    """The newest first; ``before``: the last call of the page before."""
+    named = {"account": account_id, "in_state": state, "most": most, "before": before}
     given = {name: value for name, value in named.items() if value is not None}
     rows = tx.all(_LIST[account_id is not None, state is not None], **given)
     return [_row(row) for row in rows]

@@ -12,7 +12,20 @@ from flask import Flask, Response
 from flask_limiter import Limiter
 
 from abhiapi.runtime import Runtime
-from abhiapi.web.pages import account, assets, keys, operator, overview, safety, sign_in, words
+from abhiapi.web.pages import (
+    account,
+    assets,
+    calls,
+    jobs,
+    keys,
+    ledger,
+    operator,
+    overview,
+    safety,
+    sign_in,
+    usage,
+    words,
+)
 from abhiapi.web.pages.desk import Desk
 
 PREFIX = "/dashboard"
@@ -26,7 +39,7 @@ def install(app: Flask, rt: Runtime, limiter: Limiter) -> Desk:
     app.jinja_env.filters.update(words.FILTERS)
     app.register_blueprint(served.blueprint())
     desk = Desk(app, limiter)
-    for group in (sign_in, overview, keys, account, operator):
+    for group in (sign_in, overview, usage, calls, ledger, jobs, keys, account, operator):
         group.add_to(desk)
     app.register_blueprint(desk.blueprint, url_prefix=PREFIX)
     app.extensions["abhiapi-desk"] = desk
