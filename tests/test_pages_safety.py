@@ -8,16 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-from flask import Flask
 
-from abhiapi import accounts, keys, runtime, users
+from abhiapi import accounts, keys, users
 from abhiapi.db import Tx
-from abhiapi.settings import Settings
 from abhiapi.web import create_app
-from abhiapi.web.pages import PREFIX, is_page, safety
-from abhiapi.web.pages.desk import Desk, Role
+from abhiapi.web.pages import PREFIX, safety
+from abhiapi.web.pages.desk import Role
 from tests.harness import OPERATOR_KEY, Fal, Server
-from tests.people import PASSWORD, SIGN_IN, Person, new_email, new_user, visiting
+from tests.people import PASSWORD, SIGN_IN, Person, Rule, all_rules, new_email, new_user, visiting
 from tests.scripted import House
 
 MARKUP = "<script>alert(1)</script>\"'{{7*7}}"
@@ -52,27 +50,11 @@ def status_of_key(server: Server, key_id: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def rules(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str, Role]]:
-    """Every page and action there is: (method, rule, role)."""
-    url = f"sqlite:///{tmp_path_factory.mktemp('rules') / 'abhiapi.db'}"
-    rt = runtime.start(Settings.from_env({"FAL_KEY": OPERATOR_KEY, "ABHIAPI_DATABASE_URL": url}))
-    app = create_app(rt)
-    found = _rules_of(app)
-    rt.close()
-    return found
+def rules(tmp_path_factory: pytest.TempPathFactory) -> list[Rule]:
+    return all_rules(tmp_path_factory.mktemp("rules"))
 
 
-def _rules_of(app: Flask) -> list[tuple[str, str, Role]]:
-    desk: Desk = app.extensions["abhiapi-desk"]
-    found = []
-    for rule in app.url_map.iter_rules():
-        if is_page(rule.rule):
-            methods = sorted((rule.methods or set()) - {"HEAD", "OPTIONS"})
-            found += [(method, rule.rule, desk.roles[rule.endpoint]) for method in methods]
-    return found
-
-
-def test_every_page_has_a_role(rules: list[tuple[str, str, Role]]) -> None:
+def test_every_page_has_a_role(rules: list[Rule]) -> None:
     """A KeyError above were one without; and nothing but signing in is open to everybody."""
     assert len(rules) > 15
     assert {rule for _, rule, role in rules if role is Role.ANYBODY} == {
@@ -95,7 +77,7 @@ def _ask(person: Person, method: str, path: str) -> requests.Response:
     return person.get(path) if method == "GET" else person.post(path)
 
 
-def test_the_role_matrix(server: Server, rules: list[tuple[str, str, Role]]) -> None:
+def test_the_role_matrix(server: Server, rules: list[Rule]) -> None:
     """Every page and action as nobody, customer, other customer and operator (failures.md rows 57, 58 and 66).
 
     Whoever may not is told that there is no such page, and nothing has changed; somebody without a session is sent to
