@@ -188,6 +188,18 @@ def test_signing_in_needs_its_token_too(server: Server) -> None:
     assert not person.is_in()
 
 
+def test_behind_tls_a_form_must_come_from_a_page_of_ours(server: Server) -> None:
+    """The referrer is looked at, too, where nobody on the way can have taken it out."""
+    user = new_user(server, server.books.account(1)[0])
+    host = server.url.removeprefix("http://")
+    for referrer, status in ((f"https://{host}{SIGN_IN}", 303), ("https://evil.example/", 400), (None, 400)):
+        person = Person(server)
+        token = person.csrf_token()
+        headers = {"X-Forwarded-Proto": "https", **({"Referer": referrer} if referrer else {})}
+        form = {"csrf_token": token, "email": user.email, "password": PASSWORD}
+        assert person.post_bare(SIGN_IN, form, headers=headers).status_code == status
+
+
 def test_nothing_is_changed_by_a_get(server: Server, customer: Person) -> None:
     key_id = key_id_of(server, customer)
     for change in ("disable", "revoke", "rotate"):

@@ -74,10 +74,12 @@ class Desk:
         *,
         methods: Sequence[str] = ("GET",),
         nav: str | None = None,
+        nav_for: Role | None = None,
         limits: Sequence[tuple[str, Callable[[], str]]] = (),
     ) -> None:
         """A page or an action: its path under /dashboard, who may, and its entry in the navigation if it has one.
 
+        ``nav_for``: who sees that entry, where not everybody who may.
         ``limits``: how often its POST may be asked for, and by what that is counted.
         """
         group = view.__module__.rpartition(".")[2]
@@ -85,7 +87,7 @@ class Desk:
         self.roles[f"pages.{endpoint}"] = role
         self._groups[f"pages.{endpoint}"] = group
         if nav is not None:
-            self.nav.append(NavEntry(f"pages.{endpoint}", nav, role, group))
+            self.nav.append(NavEntry(f"pages.{endpoint}", nav, nav_for or role, group))
         for limit, counted_by in limits:
             view = self.limiter.limit(limit, key_func=counted_by, methods=["POST"])(view)
         self.blueprint.add_url_rule(rule, endpoint, view, methods=list(methods))
