@@ -6,14 +6,19 @@ import os
 import re
 from functools import cache
 from itertools import count
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import requests
 
-from abhiapi import accounts, passwords, users
+from abhiapi import accounts, passwords, runtime, users
 from abhiapi.db import Tx
+from abhiapi.settings import Settings
 from abhiapi.users import User
-from tests.harness import Server
+from abhiapi.web import create_app
+from abhiapi.web.pages import is_page
+from abhiapi.web.pages.desk import Desk, Role
+from tests.harness import OPERATOR_KEY, Server
 
 PASSWORD = "correct horse battery"
 SIGN_IN = "/dashboard/sign-in"
@@ -33,6 +38,30 @@ def new_email() -> str:
 def new_address() -> str:
     number = next(_numbers)
     return f"10.{number // 65536}.{number // 256 % 256}.{number % 256}"
+
+
+class Rule(NamedTuple):
+    """A page or an action."""
+
+    method: str
+    path: str
+    role: Role
+
+
+def all_rules(folder: Path) -> list[Rule]:
+    """Every page and action of the dashboard, as the application has them."""
+    url = f"sqlite:///{folder / 'abhiapi.db'}"
+    rt = runtime.start(Settings.from_env({"FAL_KEY": OPERATOR_KEY, "ABHIAPI_DATABASE_URL": url}))
+    app = create_app(rt)
+    desk: Desk = app.extensions["abhiapi-desk"]
+    found = [
+        Rule(method, rule.rule, desk.roles[rule.endpoint])
+        for rule in app.url_map.iter_rules()
+        for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"})
+        if is_page(rule.rule)
+    ]
+    rt.close()
+    return found
 
 
 class Person:

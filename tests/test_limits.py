@@ -185,6 +185,20 @@ def test_nothing_is_kept_of_a_hundred_thousand_keys_that_are_idle(seconds: Secon
     assert limits._places == {}
 
 
+def test_a_long_window_forgets_nothing_while_many_short_ones_come_and_go(seconds: Seconds) -> None:
+    """Tries of a password are counted for a quarter of an hour, however many others ask for something meanwhile."""
+    storage = ExactMemoryStorage(now=seconds)
+    window = MovingWindowRateLimiter(storage)
+    long = RateLimitItemPerMinute(1, 15)
+    assert window.hit(long, "tries of a password")
+    seconds.now += 300
+    for number in range(10_000):
+        window.hit(RateLimitItemPerMinute(1), str(number))
+    assert not window.hit(long, "tries of a password")
+    seconds.now += 601
+    assert window.hit(long, "tries of a password")
+
+
 @pytest.fixture
 def storage() -> Iterator[ExactMemoryStorage]:
     """What Flask-Limiter makes of our address for its own routes."""

@@ -100,6 +100,18 @@ def test_a_checkout_serves_from_any_working_folder(tmp_path: Path) -> None:
         process.kill()
 
 
+def test_each_start_prints_a_link_that_signs_in_and_ends_the_one_before(tmp_path: Path) -> None:
+    links = []
+    for _ in range(2):
+        port = free_port()
+        with demo(tmp_path, port) as process:
+            links += re.findall(r"/dashboard/demo/\S+", process.output())[-1:]
+            opened = [requests.get(f"http://127.0.0.1:{port}{link}", timeout=30) for link in links]
+            (tmp_path / "demo.log").unlink()
+    assert [page.status_code for page in opened] == [404, 200]
+    assert "Signed in as demo@example.com" in opened[1].text
+
+
 def test_the_demo_key_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     with demo(tmp_path, free_port()):
         assert (tmp_path / "sandbox.db.demo-key").stat().st_mode & 0o077 == 0

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sqlite3
 from contextlib import closing
 
+import gevent
 import pytest
 
 from abhiapi import accounts, passwords, users
 from abhiapi.db import Database
-from abhiapi.errors import BadRequest, NotFound, Refused
+from abhiapi.errors import BadRequest, NotFound, RateLimited, Refused
 from tests.harness import Clock
 
 HASH = "$argon2id$a"
@@ -173,3 +174,22 @@ def test_passwords_are_salted_and_compared() -> None:
 def test_passwords_that_everybody_guesses_are_refused(password: str, complaint: str | None) -> None:
     problem = passwords.problem(password, "ann.smith@example.com")
     assert (problem is None) if complaint is None else (problem is not None and complaint in problem)
+
+
+def test_hashing_leaves_the_event_loop_to_the_others_and_takes_no_more_than_it_can() -> None:
+    made, ticks = passwords.Passwords(), 0
+
+    def tick() -> None:
+        nonlocal ticks
+        while True:
+            ticks += 1
+            gevent.sleep(0)
+
+    beside = gevent.spawn(tick)
+    waiting = [gevent.spawn(made.hashed, "a good password") for _ in range(passwords.WAITING_MAX + 3)]
+    gevent.wait(waiting)
+    beside.kill()
+    refused = [one for one in waiting if isinstance(one.exception, RateLimited)]
+    assert ticks > 100
+    assert len(refused) == 3
+    assert made.hashed("a good password")  # and then it goes on

@@ -46,6 +46,7 @@ class NavEntry:
     endpoint: str
     label: str
     role: Role
+    group: str  # the module whose pages it stands for
 
 
 class Desk:
@@ -56,6 +57,7 @@ class Desk:
         self.limiter = limiter
         self.roles: dict[str, Role] = {}
         self.nav: list[NavEntry] = []
+        self._groups: dict[str, str] = {}
         self._csrf = CSRFProtect()
         self._csrf.init_app(app)
         self.blueprint.before_request(self._let_in)
@@ -72,16 +74,20 @@ class Desk:
         *,
         methods: Sequence[str] = ("GET",),
         nav: str | None = None,
+        nav_for: Role | None = None,
         limits: Sequence[tuple[str, Callable[[], str]]] = (),
     ) -> None:
         """A page or an action: its path under /dashboard, who may, and its entry in the navigation if it has one.
 
+        ``nav_for``: who sees that entry, where not everybody who may.
         ``limits``: how often its POST may be asked for, and by what that is counted.
         """
-        endpoint = f"{view.__module__.rpartition('.')[2]}_{view.__name__}"
+        group = view.__module__.rpartition(".")[2]
+        endpoint = f"{group}_{view.__name__}"
         self.roles[f"pages.{endpoint}"] = role
+        self._groups[f"pages.{endpoint}"] = group
         if nav is not None:
-            self.nav.append(NavEntry(f"pages.{endpoint}", nav, role))
+            self.nav.append(NavEntry(f"pages.{endpoint}", nav, nav_for or role, group))
         for limit, counted_by in limits:
             view = self.limiter.limit(limit, key_func=counted_by, methods=["POST"])(view)
         self.blueprint.add_url_rule(rule, endpoint, view, methods=list(methods))
@@ -102,7 +108,12 @@ class Desk:
     def _context(self) -> dict[str, Any]:
         seen: Visitor | None = g.get("visitor")
         shown = [entry for entry in self.nav if seen is not None and _may(seen, entry.role)]
-        return {"visitor": seen, "nav": shown, "open_signup": runtime().settings.open_signup}
+        return {
+            "visitor": seen,
+            "nav": shown,
+            "nav_group": self._groups.get(request.endpoint or ""),
+            "open_signup": runtime().settings.open_signup,
+        }
 
     def error_page(self, error: Exception) -> Response:
         """A page that says what went wrong, and what can be done."""

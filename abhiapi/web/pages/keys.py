@@ -84,8 +84,8 @@ def create_key() -> Reply:
 def rotate_key(key_id: str) -> Reply:
     must_not_be_suspended()
     rt, account_id = runtime(), visitor().account_id
+    key = rt.reader.read(lambda tx: _own(tx, account_id, key_id))
     if request.method == "GET":
-        key = rt.reader.read(lambda tx: _own(tx, account_id, key_id))
         _must_be(key.status_at(rt.now_ms()), ("active",), key)
         return render("key_rotate.html", row=key, graces=GRACES_H)
     grace = request.form.get("grace", "")

@@ -28,7 +28,7 @@ class Figures:
 
 
 def add_to(desk: Desk) -> None:
-    desk.add(Role.USER, "/", overview, nav="Overview")
+    desk.add(Role.USER, "/", overview, nav="Overview", nav_for=Role.CUSTOMER)  # operators are led on to theirs
 
 
 def overview() -> Reply:
