@@ -16,7 +16,7 @@ from abhiapi.web.caller import runtime
 from abhiapi.web.pages import charts, filters, words
 from abhiapi.web.pages.desk import Desk, Reply, Role, render, visitor
 
-DAYS, DAYS_MAX, CSV_DAYS_MAX = 30, 92, 1100
+DAYS, DAYS_MAX, CSV_DAYS_MAX = 30, 62, 1100
 ROWS_MAX = 100  # of the table, and of each list to choose from; the sum has all of them
 MODELS_SHORT, MODELS_LONG = 6, 4  # of the chart: of a month, of more
 BY = ("model", "key", "day")
