@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
         ledger calls jobs billing idempotency keys accounts processes
         prices fal_prices costs timers
         reports audit shapes webhooks users
+        playground holds price_problems
         """,
         """
         limits runtime admission replay
