@@ -12,7 +12,18 @@ from flask import Flask, Response
 from flask_limiter import Limiter
 
 from abhiapi.runtime import Runtime
-from abhiapi.web.pages import account, assets, keys, operator, overview, safety, sign_in, words
+from abhiapi.web.pages import (
+    account,
+    assets,
+    keys,
+    operator,
+    operator_books,
+    overview,
+    playground,
+    safety,
+    sign_in,
+    words,
+)
 from abhiapi.web.pages.desk import Desk
 
 PREFIX = "/dashboard"
@@ -26,7 +37,7 @@ def install(app: Flask, rt: Runtime, limiter: Limiter) -> Desk:
     app.jinja_env.filters.update(words.FILTERS)
     app.register_blueprint(served.blueprint())
     desk = Desk(app, limiter)
-    for group in (sign_in, overview, keys, account, operator):
+    for group in (sign_in, overview, keys, playground, account, operator, operator_books):
         group.add_to(desk)
     app.register_blueprint(desk.blueprint, url_prefix=PREFIX)
     app.extensions["abhiapi-desk"] = desk
