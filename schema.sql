@@ -259,6 +259,12 @@ CREATE TABLE invites (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX invites_by_email ON invites (email);
 
+-- The key that the dashboard's playground calls with, for a customer who is signed in. Nobody knows its text.
+CREATE TABLE playground_keys (
+    account_id      INTEGER PRIMARY KEY REFERENCES accounts,
+    key_id          INTEGER NOT NULL UNIQUE REFERENCES keys
+) STRICT;
+
 -- What must never happen is refused by the database itself.
 CREATE TRIGGER entries_are_immutable BEFORE UPDATE ON entries
 BEGIN SELECT RAISE(ABORT, 'ledger entries are never changed'); END;

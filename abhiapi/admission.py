@@ -61,6 +61,9 @@ class Request:
     base_url: str = ""  # this service as the caller sees it
     has_hung_up: Callable[[], bool] = lambda: False
     claim: idempotency.Claim | None = None  # the key that its call will be written down under (`replay`)
+    # Made inside this process for a customer who is signed in, and never of what came over the wire (`web.proxy`): the
+    # account's playground calls, and its headers hold no key.
+    inside_account_id: int | None = None
 
 
 @dataclass(slots=True)
@@ -109,7 +112,8 @@ def within_limits(rt: Runtime, request: Request, serve: Serve) -> Reply:
     call_id = rt.call_ids.new(rt.now_ms())
     shown = [("x-abhiapi-call-id", call_text(call_id))]
     try:
-        caller = rt.authenticate(key)
+        inside = request.inside_account_id
+        caller = rt.authenticate(key) if inside is None else rt.authenticate_inside(inside)
     except AbhiError as error:
         return with_headers(refusal(rt, error, dialect), shown)
     try:

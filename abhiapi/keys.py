@@ -12,6 +12,7 @@ import secrets
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import bindparam, func, insert, or_, select, update
 
@@ -55,20 +56,21 @@ _BY_ID = _JOINED.where(_k.key_id == bindparam("key"))
 _BY_DIGEST = _JOINED.where(_k.digest == bindparam("of_digest"))
 _OF_ACCOUNT = _JOINED.where(_k.account_id == bindparam("account")).order_by(_k.key_id)
 _ALL = _JOINED.order_by(_k.key_id)
-_CALLER = (
-    select(
-        _k.key_id,
-        _k.account_id,
-        _k.status,
-        _k.expires_at,
-        _k.last_used_at,
-        _a.name,
-        _a.plan,
-        _a.status,
-        *prices.NEWEST_ROWS,
-    )
-    .join_from(tables.keys, tables.accounts, _k.account_id == _a.account_id)
-    .where(_k.digest == bindparam("of_digest"))
+_CALLERS = select(
+    _k.key_id,
+    _k.account_id,
+    _k.status,
+    _k.expires_at,
+    _k.last_used_at,
+    _a.name,
+    _a.plan,
+    _a.status,
+    *prices.NEWEST_ROWS,
+).join_from(tables.keys, tables.accounts, _k.account_id == _a.account_id)
+_CALLER = _CALLERS.where(_k.digest == bindparam("of_digest"))
+# By the account alone, and only its playground's key: what a process may ask for a customer who is signed in.
+_CALLER_INSIDE = _CALLERS.join(tables.playground_keys, tables.playground_keys.c.key_id == _k.key_id).where(
+    tables.playground_keys.c.account_id == bindparam("account")
 )
 _CREATE = insert(tables.keys).values(
     {
@@ -153,6 +155,22 @@ def authenticate(tx: Tx, key: str | None, *, now_ms: int, may_be_suspended: bool
     row = tx.one(_CALLER, of_digest=digest_of(key))
     if row is None:
         raise InvalidKey("this API key is not known here")
+    return _checked(row, now_ms=now_ms, may_be_suspended=may_be_suspended)
+
+
+def authenticate_inside(tx: Tx, account_id: int, *, now_ms: int) -> Caller:
+    """The key of an account's playground, for a caller whom this process has told by their session.
+
+    No request over the wire comes here: those are told by the text of a key alone. Raises as `authenticate` does.
+    """
+    row = tx.one(_CALLER_INSIDE, account=account_id)
+    if row is None:
+        raise InvalidKey("this account has no key for its playground")
+    return _checked(row, now_ms=now_ms, may_be_suspended=False)
+
+
+def _checked(row: Row, *, now_ms: int, may_be_suspended: bool) -> Caller:
+    """Raises why a key that was found may not be used (403)."""
     key_id, account_id, status, expires_at, last_used_at, account, plan, account_status, *newest_rows = row
     if status == "revoked":
         raise KeyRevoked("this API key was revoked: use another key of the account")
@@ -177,18 +195,18 @@ def create(
 ) -> tuple[str, Key]:
     """A new key: its text, which nobody can read again, and what is stored of it."""
     key = key or new_key()
-    key_id = tx.insert(
-        _CREATE,
-        account_id=account_id,
-        digest=digest_of(key),
-        last_four=key[-4:],
-        name=name,
-        status="active",
-        created_at=now_ms,
-        expires_at=expires_at,
-        replaces_key_id=replaces,
-    )
-    return key, by_id(tx, key_id)
+    row = {"last_four": key[-4:], "name": name, "expires_at": expires_at, "replaces_key_id": replaces}
+    return key, _create(tx, account_id, digest_of(key), now_ms, **row)
+
+
+def create_hidden(tx: Tx, account_id: int, *, name: str, digest: bytes, now_ms: int) -> Key:
+    """A key without a text: nobody can send it (`playground`)."""
+    return _create(tx, account_id, digest, now_ms, last_four="none", name=name, expires_at=None, replaces_key_id=None)
+
+
+def _create(tx: Tx, account_id: int, digest: bytes, now_ms: int, **row: Any) -> Key:
+    key_id = tx.insert(_CREATE, account_id=account_id, digest=digest, status="active", created_at=now_ms, **row)
+    return by_id(tx, key_id)
 
 
 def by_id(tx: Tx, key_id: int) -> Key:

@@ -23,7 +23,7 @@ from abhiapi.db import Tx
 from abhiapi.ids import key_text
 from abhiapi.money import Micros
 from abhiapi.reports import CallRow, EntryRow
-from abhiapi.spending import Spent
+from abhiapi.spent import Spent
 from abhiapi.statements import Statement
 
 By = Literal["day", "model", "key"]

@@ -47,6 +47,7 @@ STEPS: tuple[Step, ...] = (
     _of_file("0005-billing-events.sql"),
     _of_file("0006-users.sql"),
     _of_file("0007-entries-of-calls.sql"),
+    _of_file("0008-playground-keys.sql"),
 )
 VERSION = 1 + len(STEPS)
 

@@ -18,7 +18,7 @@ from abhiapi.calls import OPEN
 from abhiapi.db import Row, Tx
 from abhiapi.ids import key_text
 from abhiapi.money import Micros
-from abhiapi.spending import Spent
+from abhiapi.spent import Spent
 
 Grouping = Literal["day", "model", "key", "account"]
 EPOCH = date(1970, 1, 1)

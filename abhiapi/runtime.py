@@ -101,6 +101,11 @@ class Runtime:
         now = self.now_ms()
         return self.reader.read(lambda tx: keys.authenticate(tx, key, now_ms=now, may_be_suspended=may_be_suspended))
 
+    def authenticate_inside(self, account_id: int) -> keys.Caller:
+        """The account's playground as a caller: for somebody whom this process has signed in."""
+        now = self.now_ms()
+        return self.reader.read(lambda tx: keys.authenticate_inside(tx, account_id, now_ms=now))
+
     def catalogue(self, version: prices.Version | None = None) -> pricing.Catalogue:
         """The prices in force. ``version`` is what the caller has just read of them."""
         if version is None:

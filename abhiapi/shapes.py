@@ -11,6 +11,7 @@ from typing import Any
 from abhiapi import ids, money
 from abhiapi.accounts import Account
 from abhiapi.keys import Key
+from abhiapi.price_problems import Problem
 from abhiapi.pricing import Price, decimal_text
 from abhiapi.reports import CallRow, EntryRow, UsageRow
 from abhiapi.users import Invite, User
@@ -147,6 +148,16 @@ def price(row: Price) -> Json:
         "margin": None if row.margin is None else Decimal(decimal_text(row.margin)),
         "source": row.source,
         "updated_at": row.updated_at,
+    }
+
+
+def price_problem(row: Problem) -> Json:
+    known = {} if row.price is None else price(row.price)
+    return {
+        "problem": row.problem,
+        "model": row.model,
+        **{name: known.get(name) for name in ("unit", "unit_price_usd", "fal_unit_price_usd")},
+        "what": row.what,
     }
 
 

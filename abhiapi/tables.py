@@ -88,3 +88,4 @@ invites = _table(
     "invites",
     "digest:blob! email:text account_id:int? is_operator:int purpose:text created_at:int expires_at:int used_at:int?",
 )
+playground_keys = _table("playground_keys", "account_id:int! key_id:int")

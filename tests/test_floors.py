@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
     for floor in (
         """
         errors money ids estimates price_terms price_file price_sync pricing metering
-        jsonbytes encodings eventstream spending days csvtext
+        jsonbytes encodings eventstream spent days csvtext
         wire queuewire webhookwire target addresses
         """,
         """
@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
         ledger calls jobs billing idempotency keys accounts processes
         prices fal_prices costs timers
         reports audit shapes webhooks users statements statement_forms lookups
+        playground holds price_problems
         """,
         """
         limits runtime admission replay

@@ -10,13 +10,11 @@ from abhiapi import ids
 from abhiapi.commands import library, session
 from abhiapi.commands.options import AmountCommand, call_argument, force_option, json_option, parse_credits_or_zero
 from abhiapi.commands.output import print_one, print_rows, say
-from abhiapi.errors import Refused
+from abhiapi.errors import NotFound, Refused
 from abhiapi.money import Micros, credits
 
 if TYPE_CHECKING:
-    from abhiapi.calls import OpenCall
-    from abhiapi.db import Database, Tx
-    from abhiapi.reports import CallRow
+    from abhiapi.db import Tx
     from abhiapi.shapes import Json
 
 COLUMNS = ("call_id", "account", "model", "credits", "age_s", "reason")
@@ -95,48 +93,24 @@ def _end(text: str, charge_micros: Micros | None, *, force: bool, as_json: bool)
     database = session.open_database()
 
     def op(tx: Tx) -> Json:
-        row = library.reports.call(tx, number)
-        if row is None:
-            raise session.no_such_call(text)
-        open_call = library.calls.open_call(tx, number)
-        if not force:
-            _check_abandoned(tx, database, row, now)
-        balance = _finish(tx, open_call, row, charge_micros, now)
-        entry = library.reports.charge_of(tx, number)
+        ended = library.holds.end(tx, database.path, number, charge_micros, force=force, now_ms=now)
+        entry = ended.entry
         return {
             "call_id": text,
-            "account": row.account,
-            "model": row.model,
+            "account": ended.call.account,
+            "model": ended.call.model,
             "state": "released" if charge_micros is None else "settled",
             "credits": credits(charge_micros or 0),
             "entry_id": None if entry is None else ids.entry_text(entry.account_id, entry.seq),
-            "balance": credits(balance),
+            "balance": credits(ended.balance_micros),
         }
 
-    shape = database.write(op)
+    try:
+        shape = database.write(op)
+    except NotFound as error:
+        raise session.no_such_call(text) from error
+    except library.holds.StillServed as error:
+        raise Refused(f"{error.message}. --force ends it now") from error
     if shape["balance"] < 0:
         say(f"the balance of {shape['account']!r} is below zero: its calls are refused until it is topped up")
     print_one(shape, as_json=as_json)
-
-
-def _finish(tx: Tx, call: OpenCall, row: CallRow, charge_micros: Micros | None, now_ms: int) -> Micros:
-    """Write the end; what was seen of fal's answer stays with the call. The balance afterwards."""
-    verdict = library.metering.Verdict(
-        "released" if charge_micros is None else "settled",
-        charge_micros or Micros(0),
-        fal_cost_nano_usd=row.fal_cost_nano_usd,
-        reason="operator",
-    )
-    source = None if charge_micros is None else "operator"
-    return library.calls.finish(tx, call, verdict, now_ms=now_ms, usage_source=source)
-
-
-def _check_abandoned(tx: Tx, database: Database, row: CallRow, now_ms: int) -> None:
-    """Refuse to end a call under the hands of the process that serves it, whose own end of it would then be lost."""
-    process_id, pid, deadline_at = library.reports.keeper(tx, row.call_id)
-    if row.state == "unknown" or now_ms > deadline_at or library.processes.reap(database.path, process_id, pid):
-        return
-    raise Refused(
-        f"{ids.call_text(row.call_id)} is still being served and ends by itself, at the latest by "
-        f"{ids.time_text(deadline_at)}; what fal charges for it would not be taken any more. --force ends it now"
-    )

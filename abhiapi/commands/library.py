@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from abhiapi import db as db
     from abhiapi import fal_bill as fal_bill
     from abhiapi import fal_prices as fal_prices
+    from abhiapi import holds as holds
     from abhiapi import ids as ids
     from abhiapi import jsonbytes as jsonbytes
     from abhiapi import keys as keys
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from abhiapi import migrations as migrations
     from abhiapi import money as money
     from abhiapi import platform_api as platform_api
+    from abhiapi import price_problems as price_problems
     from abhiapi import price_sync as price_sync
     from abhiapi import prices as prices
     from abhiapi import pricing as pricing

@@ -16,7 +16,6 @@ from abhiapi.money import credits, nanos_usd_text, usd
 if TYPE_CHECKING:
     from abhiapi.db import Tx
 
-PROBLEMS = ("below cost", "hold too small", "placeholder", "without a price")
 COLUMNS = ("problem", "model", "unit", "unit_price_usd", "fal_unit_price_usd", "what")
 REPLAY_COLUMNS = ("group", "calls", "fal_cost_usd", "cost_usd", "margin_usd", "would_cost_usd", "would_margin_usd")
 
@@ -101,40 +100,4 @@ def _replayed(row: Any, would_cost_usd: Any) -> dict[str, Any]:
 
 
 def _problems(tx: Tx) -> list[dict[str, Any]]:
-    """One row for each thing that needs the operator, the costliest kind first."""
-    catalogue = session.catalogue(tx)
-    words = {word.model: word for word in library.fal_prices.newest(tx)}
-    found: list[dict[str, Any]] = []
-    for price in catalogue:
-        fal_price = price.fal_unit_price_usd
-        if fal_price is not None and price.unit_price_usd < fal_price:
-            found.append(_row("below cost", price.model, price, "each unit is sold for less than fal takes"))
-        if price.source != "operator" and "placeholder" in price.source:
-            found.append(_row("placeholder", price.model, price, f"sold at a made-up price ({price.source})"))
-    for model, call_id, held, charged in library.costs.over_hold(tx):
-        if model in catalogue:
-            what = f"{library.ids.call_text(call_id)} held {credits(held)} credits and cost {credits(charged)}"
-            found.append(_row("hold too small", model, catalogue.price_of(model), what))
-    for model, word in words.items():
-        if word.standing == "placeholder" and model not in catalogue:
-            what = f"fal says {_quoted(word.unit_price_usd)} per {word.unit}, which is no price: not sold"
-            found.append(_row("placeholder", model, None, what))
-        elif model not in catalogue and word.standing != "gone":
-            found.append(_row("without a price", model, None, "fal lists it and names no usable price"))
-    for model in catalogue.unpriceable:
-        found.append(_row("without a price", model, None, "your margin has no price of fal's to stand on"))
-    return sorted(found, key=lambda row: (PROBLEMS.index(row["problem"]), row["model"]))
-
-
-def _quoted(price: Any) -> str:
-    return "nothing" if price is None else f"{library.pricing.decimal_text(price)} USD"
-
-
-def _row(problem: str, model: str, price: Any, what: str) -> dict[str, Any]:
-    shape = {} if price is None else library.shapes.price(price)
-    return {
-        "problem": problem,
-        "model": model,
-        **{name: shape.get(name) for name in ("unit", "unit_price_usd", "fal_unit_price_usd")},
-        "what": what,
-    }
+    return [library.shapes.price_problem(row) for row in library.price_problems.found(tx, session.catalogue(tx))]

@@ -20,7 +20,9 @@ from abhiapi.web.pages import (
     keys,
     ledger,
     operator,
+    operator_books,
     overview,
+    playground,
     safety,
     sign_in,
     usage,
@@ -39,7 +41,7 @@ def install(app: Flask, rt: Runtime, limiter: Limiter) -> Desk:
     app.jinja_env.filters.update(words.FILTERS)
     app.register_blueprint(served.blueprint())
     desk = Desk(app, limiter)
-    for group in (sign_in, overview, usage, calls, ledger, jobs, keys, account, operator):
+    for group in (sign_in, overview, usage, calls, ledger, jobs, keys, playground, account, operator, operator_books):
         group.add_to(desk)
     app.register_blueprint(desk.blueprint, url_prefix=PREFIX)
     app.extensions["abhiapi-desk"] = desk

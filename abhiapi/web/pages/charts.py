@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from abhiapi.money import Micros
-from abhiapi.spending import Stacks
+from abhiapi.spent import Stacks
 
 SLOT, GAP = 20, 5  # of a bar, in the picture's own units
 HEIGHT = 1000

@@ -7,12 +7,12 @@ from datetime import UTC, date, datetime, timedelta
 
 from flask import redirect, url_for
 
-from abhiapi import accounts, reports, spending
+from abhiapi import accounts, reports, spent
 from abhiapi.accounts import Account
 from abhiapi.db import Tx
 from abhiapi.money import Micros
 from abhiapi.reports import CallRow
-from abhiapi.spending import Spent
+from abhiapi.spent import Spent
 from abhiapi.web.caller import runtime
 from abhiapi.web.pages import charts, words
 from abhiapi.web.pages.desk import Desk, Reply, Role, render, visitor
@@ -39,16 +39,16 @@ def overview() -> Reply:
     today = datetime.fromtimestamp(rt.now_ms() // 1000, UTC).date()
     first = min(today.replace(day=1), today - timedelta(days=CHART_DAYS - 1))
     figures = rt.read_aside(lambda tx: _read(tx, who.account_id, first, today))
-    stacks = spending.stacked(
+    stacks = spent.stacked(
         figures.spent, since=today - timedelta(days=CHART_DAYS - 1), until=today, models_max=CHART_MODELS
     )
     return render(
         "overview.html",
         account=figures.account,
-        today_micros=spending.total_micros(figures.spent, since=today, until=today),
-        month_micros=spending.total_micros(figures.spent, since=today.replace(day=1), until=today),
-        days_left=spending.days_left(figures.account.available_micros, figures.spent, today=today),
-        pace_days=spending.PACE_DAYS,
+        today_micros=spent.total_micros(figures.spent, since=today, until=today),
+        month_micros=spent.total_micros(figures.spent, since=today.replace(day=1), until=today),
+        days_left=spent.days_left(figures.account.available_micros, figures.spent, today=today),
+        pace_days=spent.PACE_DAYS,
         stacks=stacks,
         chart=charts.stacked_bars(stacks, words.credits),
         model_totals=_model_totals(stacks),
@@ -64,5 +64,5 @@ def _read(tx: Tx, account_id: int, first: date, today: date) -> Figures:
     )
 
 
-def _model_totals(stacks: spending.Stacks) -> list[Micros]:
+def _model_totals(stacks: spent.Stacks) -> list[Micros]:
     return [Micros(sum(day.amounts_micros[number] for day in stacks.days)) for number, _ in enumerate(stacks.models)]

@@ -7,11 +7,11 @@ from typing import cast
 
 from flask import Response
 
-from abhiapi import csvtext, ids, keys, lookups, money, spending
+from abhiapi import csvtext, ids, keys, lookups, money, spent
 from abhiapi.db import Tx
 from abhiapi.lookups import By, Used
 from abhiapi.money import Micros
-from abhiapi.spending import Spent
+from abhiapi.spent import Spent
 from abhiapi.web.caller import runtime
 from abhiapi.web.pages import charts, filters, words
 from abhiapi.web.pages.desk import Desk, Reply, Role, render, visitor
@@ -50,7 +50,7 @@ def show() -> Reply:
 
     figures = runtime().read_aside(read)
     models_max = MODELS_SHORT if days.number <= 31 else MODELS_LONG
-    stacks = spending.stacked(figures.spent, since=days.since, until=days.until, models_max=models_max)
+    stacks = spent.stacked(figures.spent, since=days.since, until=days.until, models_max=models_max)
     totals = [Micros(sum(day.amounts_micros[number] for day in stacks.days)) for number in range(len(stacks.models))]
     return render(
         "usage.html",

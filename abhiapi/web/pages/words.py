@@ -23,6 +23,13 @@ def usd(micros: int) -> str:
     return f"{'-' if micros < 0 else ''}${whole}.{fraction.ljust(2, '0')}"
 
 
+def nano_usd(nanos: int) -> str:
+    """Dollars to the nano-dollar that fal's costs are kept in: ``$0.025``."""
+    text = _grouped(money.nanos_usd_text(abs(nanos)))
+    whole, _, fraction = text.partition(".")
+    return f"{'-' if nanos < 0 else ''}${whole}.{fraction.ljust(2, '0')}"
+
+
 def count(number: int) -> str:
     return f"{number:,}"
 
@@ -45,6 +52,7 @@ def _grouped(text: str) -> str:
 FILTERS: dict[str, Callable[..., Any]] = {
     "credits": credits,
     "usd": usd,
+    "nano_usd": nano_usd,
     "count": count,
     "when": when,
     "call_id": ids.call_text,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abhiapi.money import Micros
-from abhiapi.spending import DAYS_LEFT_MAX, OTHERS, Spent, days_left, stacked, total_micros
+from abhiapi.spent import DAYS_LEFT_MAX, OTHERS, Spent, days_left, stacked, total_micros
 from abhiapi.web.pages import charts, words
 
 TODAY = date(2026, 11, 22)
