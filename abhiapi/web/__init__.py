@@ -15,13 +15,14 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from abhiapi import gateway, queue_gateway, queuewire, target, wire
 from abhiapi.errors import STATUS_NAMES, AbhiError, BodyTooLarge, MethodNotAllowed, RateLimited, UnknownRoute
 from abhiapi.runtime import Runtime
-from abhiapi.web import api, cors, proxy
+from abhiapi.web import api, cors, proxy, static_files
 from abhiapi.web.caller import request_key
+from abhiapi.web.pages import reference
 
 # What Flask serves, or refuses: everything else is a call. The refused ones mint credentials at fal or reach into
 # the operator's account (contract 3.1), or are the queue's.
-_OWN_PATHS = frozenset(("/", "/healthz", "/metrics", "/docs", "/openapi.json", "/favicon.ico", "/robots.txt"))
-_OWN_ROOTS = frozenset(("v1", "dashboard", "static", "queue", "api", "tokens", "storage", ".well-known"))
+_OWN_PATHS = frozenset(("/", "/healthz", "/metrics", "/openapi.json", "/favicon.ico", "/robots.txt"))
+_OWN_ROOTS = frozenset(("v1", "docs", "dashboard", "static", "queue", "api", "tokens", "storage", ".well-known"))
 
 # Far above what any client does: the other routes are cheap, and counted apart from calls.
 V1_LIMIT = "600 per minute"
@@ -53,6 +54,8 @@ def create_app(rt: Runtime) -> Flask:
         headers_enabled=False,
     )
     app.register_blueprint(api.blueprint(limiter, V1_LIMIT))
+    app.register_blueprint(reference.blueprint())
+    app.register_blueprint(static_files.blueprint())
     app.register_error_handler(AbhiError, _error_reply)
     app.register_error_handler(HTTPException, _http_error_reply)
     hops = rt.settings.trusted_proxies

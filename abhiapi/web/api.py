@@ -1,4 +1,4 @@
-"""Our own routes: /v1, /healthz, /metrics, and a first page. Views only: they read, shape, and answer."""
+"""Our own routes for programs: /v1, /healthz, /metrics. Views only: they read, shape, and answer."""
 
 from __future__ import annotations
 
@@ -35,8 +35,6 @@ _LOOPBACK = ("127.0.0.1", "::1")
 def blueprint(limiter: Limiter, limit: str) -> Blueprint:
     """The routes; those under /v1 are limited per key."""
     routes = Blueprint("api", __name__)
-    routes.get("/")(index)
-    routes.get("/docs")(index)
     routes.get("/healthz")(healthz)
     routes.get("/metrics")(metrics)
     for method, rule, view in (
@@ -53,17 +51,6 @@ def blueprint(limiter: Limiter, limit: str) -> Blueprint:
     routes.post("/v1/webhooks/fal/<call_id>/<token>")(take_webhook)
     routes.get("/.well-known/jwks.json")(jwks)
     return routes
-
-
-def index() -> Response:
-    text = (
-        "AbhiAPI: a transparent, prepaid proxy in front of fal.ai.\n\n"
-        "Replace https://fal.run by this address, send your key in the header x-api-key, keep everything else.\n\n"
-        f'  curl -X POST {_base_url()}/fal-ai/flux/dev -H "x-api-key: sk-fal-your-key" \\\n'
-        '    -H "Content-Type: application/json" -d \'{"prompt": "a futuristic city at night"}\'\n\n'
-        "GET /v1/prices lists the models, GET /v1/account shows your balance, GET /healthz whether we are well.\n"
-    )
-    return Response(text, content_type="text/plain; charset=utf-8")
 
 
 def healthz() -> Response:
@@ -231,7 +218,3 @@ def _day(name: str) -> date | None:
         return reports.parse_day(text)
     except ValueError as error:
         raise BadRequest(f"{name}: {error}") from error
-
-
-def _base_url() -> str:
-    return runtime().settings.public_url or request.host_url.rstrip("/")
