@@ -91,6 +91,8 @@ def _error_reply(error: AbhiError) -> Response:
     response = Response(wire.error_body(error), status=error.status, content_type="application/json")
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, MethodNotAllowed):
+        response.headers["Allow"] = error.allowed
     return response
 
 
@@ -99,7 +101,8 @@ def _http_error_reply(error: HTTPException) -> Response:
     if code == 404:
         return _error_reply(UnknownRoute("no such route here: models are called at /{any-fal-path}, see /docs"))
     if code == 405:
-        return _error_reply(MethodNotAllowed("this route does not take that method, see /docs"))
+        allowed = ", ".join(sorted(getattr(error, "valid_methods", None) or ()))
+        return _error_reply(MethodNotAllowed("this route does not take that method, see /docs", allowed=allowed))
     if code == 413:
         return _error_reply(BodyTooLarge(api.TOO_LARGE))
     if code == 429:

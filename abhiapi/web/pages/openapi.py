@@ -207,9 +207,9 @@ def _service() -> Json:
 
 
 def _pages() -> Json:
-    query = _query("q", "Words to find models by.", text(maxLength=100))
-    number = _query("page", "Of the models found.", whole(minimum=1))
-    part = _query("part", "The price list alone.", text(enum=["prices"]))
+    query = _query("q", "Words to find models by.", text())
+    number = _query("page", "Of the models found; what is no number is the first.", text())
+    part = _query("part", "`prices`: the price list alone.", text())
     page = _path("page", "One of the guides.", "clients")
     spec = _look("getOpenapi", "This description", "Answer", codes=(405, 500), tag="Service") | {"security": []}
     spec["responses"]["200"] = {"description": "OpenAPI 3.1.", "content": _json({"type": "object"})}
