@@ -79,7 +79,7 @@ class _Renderer(RendererHTML):
         return code_html(tokens[idx].info.strip() or "text", tokens[idx].content)
 
     def table_open(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: object) -> str:
-        return '<div class="table" tabindex="0" role="region" aria-label="Table"><table>\n'
+        return '<div class="table" tabindex="0" role="group" aria-label="Table"><table>\n'
 
     def table_close(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: object) -> str:
         return "</table></div>\n"
