@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -139,6 +140,23 @@ def test_what_is_copied_runs(opened: Open, shared_server: Server, books: Books) 
     copied = page.evaluate("navigator.clipboard.readText()")
     assert copied == figure.locator("code").inner_text()
     assert json.loads(pasted(copied, shared_server, key))["images"]
+
+
+def test_copying_works_where_the_page_came_by_plain_http(browser: Browser, shared_server: Server) -> None:
+    """Browsers give such a page no clipboard, but for this machine's own address."""
+    port = urlsplit(shared_server.url).port
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    resolver = "--host-resolver-rules=MAP plain.example.org 127.0.0.1"
+    with browser.browser_type.launch(executable_path=chromium, args=["--no-sandbox", resolver]) as other:
+        page = other.new_page()
+        page.goto(f"http://plain.example.org:{port}/")
+        assert page.evaluate("navigator.clipboard") is None
+        figure = page.locator("figure.code").first
+        figure.get_by_role("button", name="Copy").click()
+        expect(figure.get_by_role("button")).to_have_text("Copied")
+        page.get_by_label("Search models").focus()
+        page.keyboard.press("Control+V")
+        expect(page.get_by_label("Search models")).to_have_value(figure.locator("code").inner_text())
 
 
 def test_every_block_of_code_can_be_copied(opened: Open) -> None:

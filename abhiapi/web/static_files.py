@@ -25,7 +25,7 @@ def blueprint() -> Blueprint:
         if path.suffix in _TYPES:
             routes.add_url_rule(f"/static/{path.name}", path.name.replace(".", "-"), lambda name=path.name: _file(name))
     routes.after_request(headers.finish)
-    routes.app_template_global("static_url")(url)
+    routes.app_template_global("asset")(url)
     return routes
 
 

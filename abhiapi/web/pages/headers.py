@@ -34,6 +34,8 @@ GZIP_LEVEL = 6
 def finish(response: Response) -> Response:
     """Put the headers on a page, and compress it for those who take gzip."""
     response.headers.extend(HEADERS)
+    if request.is_secure:
+        response.headers["Strict-Transport-Security"] = "max-age=31536000"
     response.headers.setdefault("Cache-Control", "no-cache")  # a page names the host it was asked by
     response.vary.add("Accept-Encoding")
     if response.status_code == 200 and request.accept_encodings["gzip"] > 0:
@@ -41,4 +43,6 @@ def finish(response: Response) -> Response:
         if len(body) >= SMALL_BYTES:
             response.set_data(gzip.compress(body, GZIP_LEVEL, mtime=0))
             response.headers["Content-Encoding"] = "gzip"
+    response.add_etag()  # the same page again is a 304
+    response.make_conditional(request)
     return response

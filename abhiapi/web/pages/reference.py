@@ -67,7 +67,7 @@ GUIDES = (
 def blueprint() -> Blueprint:
     routes = Blueprint("reference", __name__, template_folder="../templates")
     routes.get("/")(index)
-    routes.get("/docs")(index)
+    routes.get("/docs", strict_slashes=False)(index)
     routes.get("/docs/<page>")(guide)
     routes.get("/openapi.json")(description)
     routes.after_request(headers.finish)
