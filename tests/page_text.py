@@ -54,12 +54,12 @@ class _Reader(HTMLParser):
             self._end_line()
         if tag == "pre" and self._code is not None:
             self.said.blocks.append(Block(self._language, self._code))
+            self.said.lines.extend(line.strip() for line in self._code.splitlines() if line.strip())
             self._code = None
 
     def handle_data(self, data: str) -> None:
         if self._code is not None:
             self._code += data
-            self.said.lines.extend(line.strip() for line in data.splitlines() if line.strip())
         else:
             self._line += data
 

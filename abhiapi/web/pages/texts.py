@@ -18,8 +18,21 @@ from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 from markdown_it.utils import OptionsDict
 from markupsafe import Markup, escape
+from pygments.lexers import get_lexer_by_name
+from pygments.token import Token as TokenKind
 
 FOLDER = Path(__file__).with_name("texts")
+_COLOURED = frozenset(("bash", "javascript", "json", "python"))
+_COLOURS = (
+    (TokenKind.Comment, "c"),
+    (TokenKind.Keyword, "k"),
+    (TokenKind.Operator.Word, "k"),
+    (TokenKind.String, "s"),
+    (TokenKind.Number, "m"),
+    (TokenKind.Name.Tag, "t"),
+    (TokenKind.Name.Variable, "t"),
+    (TokenKind.Name.Function, "t"),
+)
 EXAMPLE_URL, EXAMPLE_HOST = "https://fal.example.com", "fal.example.com"
 
 
@@ -89,13 +102,26 @@ class _Renderer(RendererHTML):
         return self.renderToken(tokens, idx, options, {})
 
 
+@lru_cache(maxsize=256)
 def code_html(language: str, content: str) -> str:
-    """A block of code with its language; the script adds a button that copies it."""
+    """A block of code with its language, coloured; the script adds a button that copies it."""
     name = {"sh": "bash", "js": "javascript"}.get(language, language)
     return (
         f'<figure class="code" data-language="{escape(name)}"><figcaption>{escape(name)}</figcaption>'
-        f'<pre tabindex="0"><code>{escape(content)}</code></pre></figure>\n'
+        f'<pre tabindex="0"><code>{_coloured(name, content)}</code></pre></figure>\n'
     )
+
+
+def _coloured(language: str, content: str) -> str:
+    """The same characters, with spans of a few kinds; plain where the language is none of those in the pages."""
+    if language not in _COLOURED:
+        return str(escape(content))
+    lexer = get_lexer_by_name(language, stripnl=False, ensurenl=False)
+    pieces = []
+    for token, value in lexer.get_tokens(content):
+        kind = next((name for family, name in _COLOURS if token[: len(family)] == family), None)
+        pieces.append(f'<span class="{kind}">{escape(value)}</span>' if kind else str(escape(value)))
+    return "".join(pieces)
 
 
 def _parser() -> MarkdownIt:
