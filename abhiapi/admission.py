@@ -17,7 +17,14 @@ from typing import Any, Protocol
 
 from abhiapi import calls, idempotency, jsonbytes, keys, prices, pricing, wire
 from abhiapi.db import Tx
-from abhiapi.errors import AbhiError, ChargeNotRecorded, DatabaseUnavailable, InsufficientCredits, UpstreamError
+from abhiapi.errors import (
+    AbhiError,
+    ChargeNotRecorded,
+    DatabaseUnavailable,
+    InsufficientCredits,
+    MethodNotAllowed,
+    UpstreamError,
+)
 from abhiapi.ids import call_text
 from abhiapi.metering import Verdict
 from abhiapi.money import Micros, credits_text
@@ -278,6 +285,8 @@ def refusal(rt: Runtime, error: AbhiError, dialect: wire.Dialect) -> Reply:
     headers = json_headers(body)
     if shown.retry_after_s is not None:
         headers.append(("Retry-After", str(shown.retry_after_s)))
+    if isinstance(shown, MethodNotAllowed):
+        headers.append(("Allow", shown.allowed))
     return Reply(shown.status, headers, body)
 
 

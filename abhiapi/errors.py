@@ -137,7 +137,13 @@ class NotFound(AbhiError):
 
 
 class MethodNotAllowed(AbhiError):
+    """``allowed`` are the methods that the route takes, as the header `Allow` has them."""
+
     status, type = 405, "method_not_allowed"
+
+    def __init__(self, message: str, *, allowed: str) -> None:
+        super().__init__(message)
+        self.allowed = allowed
 
 
 # --- add credit, or wait ----------------------------------------------------------------------------------------

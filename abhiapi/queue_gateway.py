@@ -67,7 +67,8 @@ def run(rt: Runtime, request: Request) -> Reply:
         caller = rt.authenticate(key, may_be_suspended=True)  # who has paid may have what was paid for
         rt.polls.allow(caller.key_id)
         if request.method != queuewire.METHODS[route.action]:
-            raise MethodNotAllowed(f"a job's {route.action} takes {queuewire.METHODS[route.action]}")
+            allowed = queuewire.METHODS[route.action]
+            raise MethodNotAllowed(f"a job's {route.action} takes {allowed}", allowed=allowed)
         job = rt.reader.read(lambda tx: jobs.find(tx, caller.account_id, route.request_id))
         if job is None:
             return _not_found(rt)
@@ -89,7 +90,7 @@ def _submit(
 ) -> Reply:
     """A job, once its caller is known and within limits. Raises what is answered in its place."""
     if request.method not in _SUBMITTING:
-        raise MethodNotAllowed("a job is submitted with POST")
+        raise MethodNotAllowed("a job is submitted with POST", allowed="POST")
     model, _ = wire.endpoint_of(path)
     price = rt.catalogue(caller.price_version).price_of(model)
     query, webhook_url = wished(rt, call_id, wire.forwarded_query(request.query))

@@ -28,7 +28,7 @@ def run(rt: Runtime, request: Request) -> Reply:
         caller = rt.authenticate(key)
         rt.limits.allow_upload(caller.key_id)
         if request.method != "POST":
-            raise MethodNotAllowed("an upload is begun with POST")
+            raise MethodNotAllowed("an upload is begun with POST", allowed="POST")
         _require_credit(rt, caller)
         body = request.read_body()
         headers = wire.request_headers(request.headers.items())

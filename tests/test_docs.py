@@ -13,6 +13,7 @@ from flask_limiter import Limiter
 
 from abhiapi import errors, settings
 from abhiapi.web import api
+from abhiapi.web.pages import assets, reference
 from tests.harness import ROOT
 
 API = (ROOT / "docs/api.md").read_text()
@@ -25,10 +26,18 @@ def error_types(of: type[errors.AbhiError] = errors.AbhiError) -> Iterator[str]:
         yield from error_types(sub)
 
 
-def routes() -> list[str]:
-    app = Flask("routes")
+def flask_app() -> Flask:
+    """Flask's share of the application: all routes but those of calls."""
+    app = Flask("routes", static_folder=None)
     app.register_blueprint(api.blueprint(Limiter(lambda: "", app=app, storage_uri="memory://"), "1 per minute"))
-    return [re.sub(r"<(\w+)>", r"{\1}", rule.rule) for rule in app.url_map.iter_rules() if rule.endpoint != "static"]
+    app.register_blueprint(reference.blueprint())
+    app.register_blueprint(assets.Assets().blueprint())
+    return app
+
+
+def routes() -> list[str]:
+    rules = [rule.rule for rule in flask_app().url_map.iter_rules()]
+    return [re.sub(r"<(\w+)>", r"{\1}", rule) for rule in rules if not rule.startswith("/static/")]
 
 
 @pytest.mark.parametrize("error_type", sorted(set(error_types())))

@@ -196,7 +196,7 @@ def test_urls_follow_the_name_by_which_the_caller_came(shared_server: Server, bo
 )
 def test_only_trusted_proxies_say_where_we_are(hops: int, headers: dict[str, str], base_url: str) -> None:
     environ = {"HTTP_HOST": "here.example:81", "SERVER_NAME": "server", "SERVER_PORT": "80"} | headers
-    assert proxy._base_url(environ, hops) == base_url
+    assert proxy.base_url(environ, hops) == base_url
 
 
 def test_a_status_stream_leads_here_and_ends_with_the_bill(shared_server: Server, books: Books, fal: Fal) -> None:

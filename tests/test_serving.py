@@ -17,6 +17,7 @@ import pytest
 import requests
 
 from abhiapi.serving import parse_bind
+from abhiapi.web.pages import texts
 from tests.harness import OPERATOR_KEY, ROOT, Process, environment, free_port, until
 from tests.receiver import Receiver
 
@@ -190,3 +191,8 @@ def test_the_installed_package_holds_its_data_files(tmp_path: Path) -> None:
     ).stdout
     assert "abhiapi/schema.sql" in listed
     assert "abhiapi/prices.toml" in listed
+    for folder in ("web/templates/reference", "web/static"):
+        for path in (ROOT / "abhiapi" / folder).iterdir():
+            assert f"abhiapi/{folder}/{path.name}" in listed
+    for guide in texts.names():  # links to docs/, which lies at the top, too
+        assert f"abhiapi/web/pages/texts/{guide}.md" in listed

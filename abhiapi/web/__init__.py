@@ -17,11 +17,12 @@ from abhiapi.errors import STATUS_NAMES, AbhiError, BodyTooLarge, MethodNotAllow
 from abhiapi.runtime import Runtime
 from abhiapi.web import api, cors, pages, proxy
 from abhiapi.web.caller import request_key
+from abhiapi.web.pages import reference
 
 # What Flask serves, or refuses: everything else is a call. The refused ones mint credentials at fal or reach into
 # the operator's account (contract 3.1), or are the queue's.
-_OWN_PATHS = frozenset(("/", "/healthz", "/metrics", "/docs", "/openapi.json", "/favicon.ico", "/robots.txt"))
-_OWN_ROOTS = frozenset(("v1", "dashboard", "static", "queue", "api", "tokens", "storage", ".well-known"))
+_OWN_PATHS = frozenset(("/", "/healthz", "/metrics", "/openapi.json", "/favicon.ico", "/robots.txt"))
+_OWN_ROOTS = frozenset(("v1", "docs", "dashboard", "static", "queue", "api", "tokens", "storage", ".well-known"))
 
 # Far above what any client does: the other routes are cheap, and counted apart from calls.
 V1_LIMIT = "600 per minute"
@@ -53,6 +54,7 @@ def create_app(rt: Runtime) -> Flask:
         headers_enabled=False,
     )
     app.register_blueprint(api.blueprint(limiter, V1_LIMIT))
+    app.register_blueprint(reference.blueprint())
     pages.install(app, rt, limiter)
     app.register_error_handler(AbhiError, _error_reply)
     app.register_error_handler(HTTPException, _http_error_reply)
@@ -89,6 +91,8 @@ def _error_reply(error: AbhiError) -> Response:
     response = Response(wire.error_body(error), status=error.status, content_type="application/json")
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, MethodNotAllowed):
+        response.headers["Allow"] = error.allowed
     return response
 
 
@@ -99,7 +103,8 @@ def _http_error_reply(error: HTTPException) -> Response:
     if code == 404:
         return _error_reply(UnknownRoute("no such route here: models are called at /{any-fal-path}, see /docs"))
     if code == 405:
-        return _error_reply(MethodNotAllowed("this route does not take that method, see /docs"))
+        allowed = ", ".join(sorted(getattr(error, "valid_methods", None) or ()))
+        return _error_reply(MethodNotAllowed("this route does not take that method, see /docs", allowed=allowed))
     if code == 413:
         return _error_reply(BodyTooLarge(api.TOO_LARGE))
     if code == 429:

@@ -1,4 +1,4 @@
-"""Our own routes: /v1, /healthz, /metrics, and a first page. Views only: they read, shape, and answer."""
+"""Our own routes for programs: /v1, /healthz, /metrics. Views only: they read, shape, and answer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from abhiapi.errors import (
 from abhiapi.money import credits
 from abhiapi.runtime import HEALTH_PATIENCE_S
 from abhiapi.settings import STALL_S
-from abhiapi.web.caller import base_url, caller, runtime
+from abhiapi.web.caller import caller, runtime
 
 PAGE_MAX, PAGE_DEFAULT = 200, 50
 BODY_BYTES_MAX = 1024 * 1024  # of a request to one of these routes
@@ -35,8 +35,6 @@ _LOOPBACK = ("127.0.0.1", "::1")
 def blueprint(limiter: Limiter, limit: str) -> Blueprint:
     """The routes; those under /v1 are limited per key."""
     routes = Blueprint("api", __name__)
-    routes.get("/")(index)
-    routes.get("/docs")(index)
     routes.get("/healthz")(healthz)
     routes.get("/metrics")(metrics)
     for method, rule, view in (
@@ -53,17 +51,6 @@ def blueprint(limiter: Limiter, limit: str) -> Blueprint:
     routes.post("/v1/webhooks/fal/<call_id>/<token>")(take_webhook)
     routes.get("/.well-known/jwks.json")(jwks)
     return routes
-
-
-def index() -> Response:
-    text = (
-        "AbhiAPI: a transparent, prepaid proxy in front of fal.ai.\n\n"
-        "Replace https://fal.run by this address, send your key in the header x-api-key, keep everything else.\n\n"
-        f'  curl -X POST {base_url()}/fal-ai/flux/dev -H "x-api-key: sk-fal-your-key" \\\n'
-        '    -H "Content-Type: application/json" -d \'{"prompt": "a futuristic city at night"}\'\n\n'
-        "GET /v1/prices lists the models, GET /v1/account shows your balance, GET /healthz whether we are well.\n"
-    )
-    return Response(text, content_type="text/plain; charset=utf-8")
 
 
 def healthz() -> Response:

@@ -111,7 +111,7 @@ def _request(rt: Runtime, environ: Environ, files: _Files, most: int) -> Request
         query=query,
         headers=headers,
         read_body=lambda: _read_body(environ, most, headers.get("content-type"), query, files),
-        base_url=rt.settings.public_url or _base_url(environ, rt.settings.trusted_proxies),
+        base_url=rt.settings.public_url or base_url(environ, rt.settings.trusted_proxies),
         has_hung_up=lambda: _has_hung_up(environ.get("gunicorn.socket")),
     )
 
@@ -131,7 +131,7 @@ def _has_hung_up(sock: Any) -> bool:
         sock.settimeout(STALL_S)
 
 
-def _base_url(environ: Environ, hops: int) -> str:
+def base_url(environ: Environ, hops: int) -> str:
     """This service as the caller addressed it; through reverse proxies, as the outermost trusted one was addressed."""
     scheme = _forwarded(environ, "HTTP_X_FORWARDED_PROTO", hops) or environ.get("wsgi.url_scheme", "http")
     host = _forwarded(environ, "HTTP_X_FORWARDED_HOST", hops) or environ.get("HTTP_HOST", "")

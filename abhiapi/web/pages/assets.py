@@ -9,6 +9,8 @@ from importlib import resources
 
 from flask import Blueprint, Response, abort, request
 
+from abhiapi.web.pages import headers
+
 _FOR_EVER = "public, max-age=31536000, immutable"
 _TYPES = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
 
@@ -37,6 +39,7 @@ class Assets:
     def blueprint(self) -> Blueprint:
         routes = Blueprint("assets", __name__)
         routes.get("/static/<name>")(self._serve)
+        routes.after_request(headers.finish)
         return routes
 
     def _serve(self, name: str) -> Response:
@@ -44,11 +47,8 @@ class Assets:
         if found is None:
             abort(404)
         response = Response(found.content, content_type=found.content_type)
-        response.set_etag(found.digest)
-        response.headers["X-Content-Type-Options"] = "nosniff"
         is_exact = request.args.get("v") == found.digest
         response.headers["Cache-Control"] = _FOR_EVER if is_exact else "no-cache"
-        response.make_conditional(request)
         return response
 
 
