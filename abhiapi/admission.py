@@ -133,10 +133,12 @@ def refuse_target(request: Request) -> None:
 
 
 def hold(rt: Runtime, caller: keys.Caller, call: calls.OpenCall, price: pricing.Price, mode: calls.Mode) -> int:
-    """Set the credit aside and write the call, durably. Raises InsufficientCredits, DatabaseUnavailable (503).
+    """Set the credit aside and write the call, durably.
 
-    Gives the number of the price as recorded.
+    Raises ModelNotAllowed, InsufficientCredits, KeyLimitReached, DatabaseUnavailable (503). Gives the number of the
+    price as recorded.
     """
+    keys.check_model(caller, call.model)
     now = rt.now_ms()
     identity = price.identity()
     known_price_id = rt.price_ids.get(identity)

@@ -76,6 +76,37 @@ _ROLL_UPS = text(
 )
 
 
+_MONTHS = text(
+    "SELECT month, account_id, model, key_id, SUM(calls), SUM(charged), SUM(cost) FROM ("
+    " SELECT strftime('%Y-%m', day * 86400, 'unixepoch') AS month, account_id, model, key_id, calls,"
+    "  charged_micros AS charged, fal_cost_nano_usd AS cost FROM usage_daily"
+    " UNION ALL"
+    " SELECT month, account_id, model, key_id, -calls, -charged_micros, -fal_cost_nano_usd FROM usage_monthly"
+    ") GROUP BY month, account_id, model, key_id HAVING SUM(calls) <> 0 OR SUM(charged) <> 0 OR SUM(cost) <> 0"
+)
+_TOTALS = text(
+    "SELECT day, SUM(calls), SUM(charged), SUM(cost) FROM ("
+    " SELECT day, calls, charged_micros AS charged, fal_cost_nano_usd AS cost FROM usage_daily"
+    " UNION ALL SELECT day, -calls, -charged_micros, -fal_cost_nano_usd FROM usage_totals"
+    ") GROUP BY day HAVING SUM(calls) <> 0 OR SUM(charged) <> 0 OR SUM(cost) <> 0"
+)
+# What calls of limited keys hold and were charged, by the day and the month of their admission, against the counters.
+# Months before a limit was set were never counted.
+_SPENDING = text(
+    "SELECT limit_id, period, SUM(spent), SUM(counted) FROM ("
+    " SELECT k.limit_id, strftime(f.form, c.created_at / 1000, 'unixepoch') AS period,"
+    "  CASE WHEN c.state IN ('settled', 'released') THEN c.charged_micros - c.refunded_micros"
+    "   ELSE c.held_micros END AS spent, 0 AS counted"
+    "  FROM keys k JOIN key_limits l ON l.limit_id = k.limit_id"
+    "  JOIN calls c INDEXED BY calls_by_account ON c.account_id = k.account_id AND c.key_id = k.key_id"
+    "  JOIN (SELECT '%Y-%m-%d' AS form UNION ALL SELECT '%Y-%m') f"
+    "  WHERE strftime('%Y-%m', c.created_at / 1000, 'unixepoch')"
+    "   >= strftime('%Y-%m', l.created_at / 1000, 'unixepoch')"
+    " UNION ALL SELECT limit_id, period, 0, spent_micros FROM key_spending"
+    ") GROUP BY limit_id, period HAVING SUM(spent) <> SUM(counted)"
+)
+
+
 def verify(tx: Tx, *, progress: Callable[[int], None] = lambda entries: None) -> Finding:
     """Recount the whole ledger. ``progress`` hears of the entries read so far."""
     problems: list[str] = []
@@ -172,3 +203,20 @@ def _call_problems(tx: Tx) -> Iterator[str]:
             f"roll-up of account {account_id}, day {day}, {model}, key {key_id} differs from its calls by "
             f"{calls} calls, {credits_text(charged)} credits, {cost} nano-USD"
         )
+    yield from _roll_up_problems(tx)
+
+
+def _roll_up_problems(tx: Tx) -> Iterator[str]:
+    """What is added up once more from the daily usage, and what limited keys have spent."""
+    for month, account_id, model, key_id, calls, charged, cost in tx.each(_MONTHS):
+        yield (
+            f"roll-up of account {account_id}, month {month}, {model}, key {key_id} differs from its days by "
+            f"{calls} calls, {credits_text(charged)} credits, {cost} nano-USD"
+        )
+    for day, calls, charged, cost in tx.each(_TOTALS):
+        yield (
+            f"the total of day {day} differs from its accounts by "
+            f"{calls} calls, {credits_text(charged)} credits, {cost} nano-USD"
+        )
+    for limit_id, period, spent, counted in tx.each(_SPENDING):
+        yield f"limit {limit_id} in {period}: its calls spend {credits_text(spent)}, counted {credits_text(counted)}"

@@ -19,13 +19,20 @@ from pathlib import Path
 from abhiapi.db import APPLICATION_ID, CLI_PATIENCE_S, Database, translated
 from abhiapi.errors import DatabaseUnavailable, SchemaError
 from abhiapi.settings import Settings
+from abhiapi.steps import LIMITS_REPORTS_ALERTS
 
 log = logging.getLogger("abhiapi")
 
 Step = Callable[[sqlite3.Connection], None]
 
+
+def limits_reports_alerts(connection: sqlite3.Connection) -> None:
+    for statement in statements(LIMITS_REPORTS_ALERTS):
+        connection.execute(statement)
+
+
 # Version 1 is the first schema there was.
-STEPS: tuple[Step, ...] = ()
+STEPS: tuple[Step, ...] = (limits_reports_alerts,)
 VERSION = 1 + len(STEPS)
 
 

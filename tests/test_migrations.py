@@ -13,9 +13,11 @@ import pytest
 from abhiapi import audit
 from abhiapi.db import Database
 from abhiapi.errors import SchemaError
-from abhiapi.migrations import VERSION, migrate, statements
+from abhiapi.migrations import STEPS, VERSION, migrate, statements
 from tests.harness import Clock
 from tests.rows import Customer
+
+SCHEMA_V1 = Path(__file__).with_name("schema_v1.sql").read_text()  # as the first release made it
 
 
 def add_colour(connection: sqlite3.Connection) -> None:
@@ -57,11 +59,11 @@ def test_an_upgrade_keeps_every_row_and_a_copy_of_the_old_file(database: Databas
     customer = Customer.new(database, clock)
     customer.settle()
     before = dump(database.path)
-    said = migrate(database, steps=(add_colour, add_shapes))
-    copy = database.path.with_name("abhiapi.db.v1.bak")
+    said = migrate(database, steps=(*STEPS, add_colour, add_shapes))
+    copy = database.path.with_name(f"abhiapi.db.v{VERSION}.bak")
     assert said is not None
     assert str(copy) in said
-    assert version_of(database.path) == 3
+    assert version_of(database.path) == VERSION + 2
     assert dump(copy) == before
     assert database.read(audit.verify).ok
     with closing(sqlite3.connect(database.path)) as connection:
@@ -70,31 +72,71 @@ def test_an_upgrade_keeps_every_row_and_a_copy_of_the_old_file(database: Databas
 
 
 def test_an_upgrade_never_overwrites_an_earlier_copy(database: Database) -> None:
-    database.path.with_name("abhiapi.db.v1.bak").write_text("precious")
-    migrate(database, steps=(add_colour,))
-    assert database.path.with_name("abhiapi.db.v1.bak").read_text() == "precious"
-    assert version_of(database.path.with_name("abhiapi.db.v1.1.bak")) == 1
+    database.path.with_name(f"abhiapi.db.v{VERSION}.bak").write_text("precious")
+    migrate(database, steps=(*STEPS, add_colour))
+    assert database.path.with_name(f"abhiapi.db.v{VERSION}.bak").read_text() == "precious"
+    assert version_of(database.path.with_name(f"abhiapi.db.v{VERSION}.1.bak")) == VERSION
 
 
 def test_a_failing_step_leaves_everything_before_it(database: Database, clock: Clock) -> None:
     customer = Customer.new(database, clock)
     customer.settle()
     with pytest.raises(RuntimeError, match="the power went"):
-        migrate(database, steps=(add_colour, fail_half_way))
-    assert version_of(database.path) == 2
+        migrate(database, steps=(*STEPS, add_colour, fail_half_way))
+    assert version_of(database.path) == VERSION + 1
     with closing(sqlite3.connect(database.path)) as connection:
         assert connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'half'").fetchone() is None
-    migrate(database, steps=(add_colour, add_shapes))  # mended, it goes on from where it stood
-    assert version_of(database.path) == 3
+    migrate(database, steps=(*STEPS, add_colour, add_shapes))  # mended, it goes on from where it stood
+    assert version_of(database.path) == VERSION + 2
     assert database.read(audit.verify).ok
 
 
 def test_a_failing_step_leaves_no_copy_of_what_is_still_there(database: Database) -> None:
     """A server that is started again and again would fill the disk with them."""
     with pytest.raises(RuntimeError):
-        migrate(database, steps=(fail_half_way,))
-    assert version_of(database.path) == 1
+        migrate(database, steps=(*STEPS, fail_half_way))
+    assert version_of(database.path) == VERSION
     assert not list(database.path.parent.glob("*.bak"))
+
+
+def shape_of(path: Path) -> dict[str, object]:
+    """Tables with their columns, indexes and triggers, whatever the order in which they were made."""
+    with closing(sqlite3.connect(path)) as connection:
+        rows = connection.execute("SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+        tables = {
+            name: sorted(row[1:] for row in connection.execute(f"PRAGMA table_info({name})"))
+            for kind, name, _ in rows
+            if kind == "table"
+        }
+        references = {
+            name: sorted(row[2:] for row in connection.execute(f"PRAGMA foreign_key_list({name})")) for name in tables
+        }
+        guards = {name: " ".join(str(sql).split()) for kind, name, sql in rows if kind != "table"}
+        return {"tables": tables, "references": references, "guards": guards}
+
+
+def test_the_first_version_is_upgraded_to_what_is_made_anew(database: Database, clock: Clock, tmp_path: Path) -> None:
+    """Every row is there, every roll-up agrees, and the schema is the one of schema.sql."""
+    customer = Customer.new(database, clock)
+    for _ in range(3):
+        customer.settle()
+        clock.tick(20 * 86_400_000)
+    customer.admit()
+    old = Database(f"sqlite:///{tmp_path / 'old.db'}")
+    migrate(old, steps=(), schema=SCHEMA_V1)
+    with closing(old.connect()) as connection:
+        connection.execute("PRAGMA foreign_keys = OFF")
+        connection.execute("ATTACH ? AS new", [str(database.path)])
+        for (table,) in connection.execute("SELECT name FROM main.sqlite_master WHERE type = 'table'").fetchall():
+            columns = ", ".join(row[1] for row in connection.execute(f"PRAGMA main.table_info({table})"))
+            connection.execute(f"INSERT INTO main.{table} ({columns}) SELECT {columns} FROM new.{table}")
+    said = migrate(old)
+    assert said is not None
+    assert "from version 1" in said
+    assert shape_of(old.path) == shape_of(database.path)
+    finding = old.read(audit.verify)
+    assert (finding.problems, finding.entries) == ([], 4)
+    assert sorted(dump(old.path)) == sorted(dump(database.path))
 
 
 def make_calls_anew(connection: sqlite3.Connection) -> None:
@@ -115,7 +157,7 @@ def test_a_step_may_make_a_guarded_table_anew(database: Database, clock: Clock) 
     customer = Customer.new(database, clock)
     customer.settle()
     before = dump(database.path)
-    migrate(database, steps=(make_calls_anew,))
+    migrate(database, steps=(*STEPS, make_calls_anew))
     assert sorted(dump(database.path)) == sorted(before)
     assert database.read(audit.verify).ok
     with closing(sqlite3.connect(database.path)) as connection:
@@ -132,19 +174,19 @@ def lose_the_calls(connection: sqlite3.Connection) -> None:
 def test_a_step_that_loses_rows_others_name_is_not_done(database: Database, clock: Clock) -> None:
     Customer.new(database, clock).settle()
     with pytest.raises(SchemaError, match="would lose references"):
-        migrate(database, steps=(lose_the_calls,))
-    assert version_of(database.path) == 1
+        migrate(database, steps=(*STEPS, lose_the_calls))
+    assert version_of(database.path) == VERSION
     assert database.read(audit.verify).ok
 
 
 def test_a_copy_is_readable_by_no_more_people_than_the_database(database: Database) -> None:
     database.path.chmod(0o600)
-    migrate(database, steps=(add_colour,))
-    assert database.path.with_name("abhiapi.db.v1.bak").stat().st_mode & 0o777 == 0o600
+    migrate(database, steps=(*STEPS, add_colour))
+    assert database.path.with_name(f"abhiapi.db.v{VERSION}.bak").stat().st_mode & 0o777 == 0o600
 
 
 def _upgrade_in_another_process(url: str) -> str | None:
-    return migrate(Database(url), steps=(add_colour, add_shapes))
+    return migrate(Database(url), steps=(*STEPS, add_colour, add_shapes))
 
 
 def test_several_processes_may_upgrade_at_once(database: Database, clock: Clock) -> None:
@@ -154,8 +196,8 @@ def test_several_processes_may_upgrade_at_once(database: Database, clock: Clock)
     with multiprocessing.get_context("spawn").Pool(4) as pool:
         said = pool.map(_upgrade_in_another_process, [f"sqlite:///{database.path}"] * 8)
     assert len([words for words in said if words]) >= 1
-    assert version_of(database.path) == 3
-    (copy,) = database.path.parent.glob("*.v1.*bak")
+    assert version_of(database.path) == VERSION + 2
+    (copy,) = database.path.parent.glob(f"*.v{VERSION}.*bak")
     assert dump(copy) == before
 
 
@@ -176,7 +218,7 @@ def test_a_database_that_is_gone_while_its_log_is_there_is_not_made_anew(databas
 
 
 def test_a_newer_database_is_refused(database: Database) -> None:
-    migrate(database, steps=(add_colour,))
+    migrate(database, steps=(*STEPS, add_colour))
     with pytest.raises(SchemaError, match="newer than this program"):
         migrate(database)
 

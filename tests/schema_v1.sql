@@ -1,0 +1,150 @@
+-- The truth about storage (SQLite). abhiapi/tables.py describes the same tables to SQLAlchemy; test_schema.py
+-- compares the two. A change here comes with a numbered step in abhiapi/migrations.py.
+--
+-- Units: *_micros are integers, 1 USD = 1,000,000 micros, 1 credit = 1,000 micros. *_nano_usd are integers,
+-- 1 USD = 1,000,000,000. *_at are integers, milliseconds since 1970-01-01 UTC. Decimals (prices, units) are TEXT,
+-- exactly as they were written. No column holds a float, a key, or fal's credential.
+
+CREATE TABLE accounts (
+    account_id      INTEGER PRIMARY KEY,
+    name            TEXT    NOT NULL UNIQUE CHECK (length(name) BETWEEN 1 AND 64),
+    plan            TEXT    NOT NULL DEFAULT 'free' CHECK (plan IN ('free', 'pro')),
+    status          TEXT    NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'suspended')),
+    -- The sum of the account's entries. Below zero when a charge passed its hold: a debt.
+    balance_micros  INTEGER NOT NULL DEFAULT 0 CHECK (balance_micros BETWEEN -9000000000000000 AND 9000000000000000),
+    -- The sum of held_micros over the account's open calls.
+    held_micros     INTEGER NOT NULL DEFAULT 0 CHECK (held_micros >= 0),
+    -- The head of the account's hash chain: seq 0 and an empty hash before the first entry.
+    last_seq        INTEGER NOT NULL DEFAULT 0 CHECK (last_seq >= 0),
+    last_hash       BLOB    NOT NULL DEFAULT x'',
+    created_at      INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE keys (
+    key_id          INTEGER PRIMARY KEY,
+    account_id      INTEGER NOT NULL REFERENCES accounts,
+    digest          BLOB    NOT NULL UNIQUE CHECK (length(digest) = 32),  -- SHA-256 of the key; the key is stored nowhere
+    last_four       TEXT    NOT NULL CHECK (length(last_four) = 4),       -- for the mask shown to people
+    name            TEXT,                                                 -- a label; NULL: none was given
+    status          TEXT    NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'disabled', 'revoked')),
+    created_at      INTEGER NOT NULL,
+    expires_at      INTEGER,                                              -- NULL: never
+    last_used_at    INTEGER,                                              -- NULL: never used; kept to the minute
+    replaces_key_id INTEGER REFERENCES keys                               -- NULL: not made by a rotation
+) STRICT;
+CREATE INDEX keys_by_account ON keys (account_id);
+
+-- Every price that any call was ever admitted under, so that each charge can be explained for ever.
+CREATE TABLE price_versions (
+    price_id            INTEGER PRIMARY KEY,
+    model               TEXT    NOT NULL,
+    unit                TEXT    NOT NULL,
+    unit_price_usd      TEXT    NOT NULL,             -- what the customer pays per unit
+    fal_unit_price_usd  TEXT    NOT NULL,             -- what fal charged per unit then; '': not known
+    source              TEXT    NOT NULL,             -- where fal's price was read, or 'operator'
+    first_used_at       INTEGER NOT NULL,
+    UNIQUE (model, unit, unit_price_usd, fal_unit_price_usd, source)
+) STRICT;
+
+-- The operator's own prices: only appended to, the newest row of a model counts.
+CREATE TABLE own_prices (
+    own_price_id    INTEGER PRIMARY KEY,
+    model           TEXT    NOT NULL,
+    unit            TEXT,                             -- NULL: fal's
+    unit_price_usd  TEXT,                             -- NULL: fal's price and a margin
+    margin          TEXT,                             -- NULL: an absolute price, or the general margin
+    hold_micros     INTEGER CHECK (hold_micros >= 0), -- NULL: computed from the call's input
+    created_at      INTEGER NOT NULL
+) STRICT;
+CREATE INDEX own_prices_by_model ON own_prices (model, own_price_id);
+
+-- Processes that serve or served this database: whose calls may be swept when they are gone.
+CREATE TABLE processes (
+    process_id      INTEGER PRIMARY KEY,
+    pid             INTEGER NOT NULL,
+    started_at      INTEGER NOT NULL,
+    seen_at         INTEGER NOT NULL,                 -- last proof that the database takes writes
+    ended_at        INTEGER                           -- NULL: running, or killed and not yet noticed
+) STRICT;
+
+CREATE TABLE calls (
+    call_id           INTEGER PRIMARY KEY,            -- milliseconds x 2^20 + chance: sorts by time
+    account_id        INTEGER NOT NULL REFERENCES accounts,
+    key_id            INTEGER NOT NULL REFERENCES keys,
+    price_id          INTEGER NOT NULL REFERENCES price_versions,   -- the price at admission; names the model
+    process_id        INTEGER NOT NULL REFERENCES processes,        -- who is working on it
+    mode              TEXT    NOT NULL CHECK (mode IN ('sync', 'stream', 'queue')),
+    -- held: credit is set aside and fal may have heard of the call; sent: fal accepted the job (queue);
+    -- unknown: fal answered but the cost is not known, the hold stands. settled and released are ends.
+    state             TEXT    NOT NULL CHECK (state IN ('held', 'sent', 'unknown', 'settled', 'released')),
+    held_micros       INTEGER NOT NULL CHECK (held_micros >= 0),    -- as set aside at admission
+    charged_micros    INTEGER NOT NULL DEFAULT 0 CHECK (charged_micros >= 0),
+    refunded_micros   INTEGER NOT NULL DEFAULT 0 CHECK (refunded_micros BETWEEN 0 AND charged_micros),
+    http_status       INTEGER,                        -- fal's status; NULL: no answer seen
+    units             TEXT,                           -- as received or computed; NULL: none
+    usage_source      TEXT    CHECK (usage_source IN ('fal', 'catalogue', 'events', 'operator')),  -- NULL: nothing charged
+    fal_request_id    TEXT,                           -- NULL: fal sent none
+    fal_cost_nano_usd INTEGER,                        -- NULL: fal's unit price or the units are not known
+    reason            TEXT,                           -- a word on an unusual end; NULL: an ordinary one
+    deadline_at       INTEGER NOT NULL,               -- later than any answer can come; past it the hold may be swept
+    created_at        INTEGER NOT NULL,
+    finished_at       INTEGER,                        -- NULL: still open
+    CHECK ((state IN ('settled', 'released')) = (finished_at IS NOT NULL)),
+    CHECK (state = 'settled' OR charged_micros = 0)
+) STRICT;
+CREATE INDEX calls_by_account ON calls (account_id);  -- the rowid, which is the time, follows by itself
+CREATE INDEX calls_open ON calls (process_id) WHERE state IN ('held', 'sent', 'unknown');
+-- A queued job by fal's id for it: looked up at every poll, and never two calls for one job.
+CREATE UNIQUE INDEX calls_one_job ON calls (fal_request_id) WHERE mode = 'queue' AND fal_request_id IS NOT NULL;
+
+-- The ledger: one immutable row per movement of credit. An account's balance is the sum of its entries.
+CREATE TABLE entries (
+    account_id           INTEGER NOT NULL REFERENCES accounts,
+    seq                  INTEGER NOT NULL CHECK (seq >= 1),         -- 1, 2, 3 ... per account, without gaps
+    kind                 TEXT    NOT NULL CHECK (kind IN ('topup', 'charge', 'refund', 'adjustment')),
+    amount_micros        INTEGER NOT NULL CHECK (amount_micros <> 0),
+    balance_after_micros INTEGER NOT NULL,
+    call_id              INTEGER REFERENCES calls,                  -- NULL: no call is meant
+    ref                  TEXT,                                      -- the payment's own number; NULL: none
+    note                 TEXT,
+    created_at           INTEGER NOT NULL,
+    hash                 BLOB    NOT NULL CHECK (length(hash) = 32), -- SHA-256(previous hash, this row)
+    PRIMARY KEY (account_id, seq),
+    CHECK (kind <> 'charge' OR (amount_micros < 0 AND call_id IS NOT NULL)),
+    CHECK (kind <> 'refund' OR (amount_micros > 0 AND call_id IS NOT NULL)),
+    CHECK (kind <> 'topup' OR amount_micros > 0)
+) STRICT, WITHOUT ROWID;
+CREATE UNIQUE INDEX entries_one_charge ON entries (call_id) WHERE kind = 'charge';
+CREATE UNIQUE INDEX entries_one_ref ON entries (account_id, ref) WHERE ref IS NOT NULL;
+
+-- What reports read: counted in the transaction that ends the call, and provable from calls (ledger verify).
+CREATE TABLE usage_daily (
+    account_id        INTEGER NOT NULL REFERENCES accounts,
+    day               INTEGER NOT NULL,               -- days since 1970-01-01 UTC, of the call's end
+    model             TEXT    NOT NULL,
+    key_id            INTEGER NOT NULL REFERENCES keys,
+    calls             INTEGER NOT NULL CHECK (calls >= 0),          -- ended calls, free ones too
+    charged_micros    INTEGER NOT NULL CHECK (charged_micros >= 0), -- less refunds
+    fal_cost_nano_usd INTEGER NOT NULL CHECK (fal_cost_nano_usd >= 0),
+    PRIMARY KEY (account_id, day, model, key_id)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX usage_by_day ON usage_daily (day);
+
+-- What must never happen is refused by the database itself.
+CREATE TRIGGER entries_are_immutable BEFORE UPDATE ON entries
+BEGIN SELECT RAISE(ABORT, 'ledger entries are never changed'); END;
+CREATE TRIGGER entries_are_kept BEFORE DELETE ON entries
+BEGIN SELECT RAISE(ABORT, 'ledger entries are never deleted'); END;
+CREATE TRIGGER price_versions_are_immutable BEFORE UPDATE ON price_versions
+BEGIN SELECT RAISE(ABORT, 'price versions are never changed'); END;
+CREATE TRIGGER price_versions_are_kept BEFORE DELETE ON price_versions
+BEGIN SELECT RAISE(ABORT, 'price versions are never deleted'); END;
+CREATE TRIGGER own_prices_are_immutable BEFORE UPDATE ON own_prices
+BEGIN SELECT RAISE(ABORT, 'own prices are appended to, never changed'); END;
+CREATE TRIGGER calls_are_kept BEFORE DELETE ON calls
+BEGIN SELECT RAISE(ABORT, 'calls are never deleted'); END;
+CREATE TRIGGER calls_end_once BEFORE UPDATE OF state, charged_micros ON calls
+WHEN OLD.state IN ('settled', 'released')
+BEGIN SELECT RAISE(ABORT, 'a hold ends exactly once'); END;
+CREATE TRIGGER accounts_are_kept BEFORE DELETE ON accounts
+BEGIN SELECT RAISE(ABORT, 'accounts are never deleted'); END;
