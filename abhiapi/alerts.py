@@ -52,7 +52,12 @@ _ANNOUNCE = (
 )
 _TO_DELIVER = (
     select(tables.alerts)
-    .where(_t.delivered_at.is_(None), _t.tries < literal_column(str(TRIES)), _t.announced_at.is_not(None))
+    .where(
+        _t.delivered_at.is_(None),
+        _t.tries < literal_column(str(TRIES)),
+        _t.announced_at.is_not(None),
+        _t.raised_at >= bindparam("since"),
+    )
     .order_by(_t.alert_id)
     .limit(bindparam("most"))
 )
@@ -154,9 +159,9 @@ def announce(tx: Tx, alert_id: int, *, now_ms: int) -> bool:
     return tx.run(_ANNOUNCE, alert=alert_id, now=now_ms) == 1
 
 
-def to_deliver(tx: Tx, *, most: int) -> list[Alert]:
+def to_deliver(tx: Tx, *, since: int, most: int) -> list[Alert]:
     """Announced alerts that the webhook has not taken yet, and may still be given."""
-    return [Alert(*row) for row in tx.all(_TO_DELIVER, most=most)]
+    return [Alert(*row) for row in tx.all(_TO_DELIVER, since=since, most=most)]
 
 
 def tried(tx: Tx, alert_id: int, *, delivered_at: int | None) -> None:

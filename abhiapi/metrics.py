@@ -29,6 +29,7 @@ class Metrics:
             "Answers withheld as the charge could not be written",
             registry=self.registry,
         )
+        self.alerts = Counter("abhiapi_alerts", "Alerts told, by kind", ["kind"], registry=self.registry)
         self.swept = Counter("abhiapi_holds_swept", "Holds released by the sweep", registry=self.registry)
         self.fal_seconds = Histogram(
             "abhiapi_fal_seconds", "Time from sending a call to fal's whole answer", buckets=_SECONDS,

@@ -10,8 +10,9 @@ from time import monotonic
 
 import gevent
 
-from abhiapi import reconcile, runtime, sweep
+from abhiapi import alerting, reconcile, runtime, sweep
 from abhiapi.errors import AbhiError
+from abhiapi.operator_webhook import OperatorWebhook
 from abhiapi.settings import Settings
 from abhiapi.web import create_app
 
@@ -43,8 +44,23 @@ def reconcile_for_ever(rt: runtime.Runtime) -> None:
         gevent.sleep(max(ROUND_PAUSE_S, rt.settings.reconcile_interval_s - (monotonic() - started)))
 
 
+def alert_for_ever(rt: runtime.Runtime) -> None:
+    """Tell the operator what needs one; beside everything else, since a webhook takes as long as it likes."""
+    url = rt.settings.alert_webhook_url
+    webhook = None if url is None else OperatorWebhook(url)
+    while True:
+        try:
+            alerting.run_once(rt, webhook)
+        except AbhiError as error:
+            runtime.log.warning("alerts will be looked at again: %s", error.message)
+        except Exception:  # as above: without this line nobody would ever be told of anything again
+            runtime.log.exception("the look for alerts failed and will be tried again")
+        gevent.sleep(rt.settings.reconcile_interval_s)
+
+
 rt = runtime.start(Settings.from_env())
 sweep.run_once(rt)  # holds of a process that was killed end before the first call comes in
 gevent.spawn(sweep_for_ever, rt)
 gevent.spawn(reconcile_for_ever, rt)
+gevent.spawn(alert_for_ever, rt)
 app = create_app(rt)

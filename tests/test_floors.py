@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "money",
         "ids",
         "days",
+        "csvtext",
         "estimates",
         "pricing",
         "metering",
@@ -41,9 +42,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fal",
         "metrics",
         "polls",
+        "operator_webhook",
     ),
     (
         "alerts",
+        "statements",
+        "statement_forms",
         "spending",
         "ledger",
         "calls",
@@ -56,14 +60,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "audit",
         "shapes",
     ),
-    ("limits", "runtime", "admission", "gateway", "settlement", "queue_gateway", "reconcile", "sweep"),
+    ("limits", "runtime", "alerting", "admission", "gateway", "settlement", "queue_gateway", "reconcile", "sweep"),
     ("web", "commands", "serving", "wsgi", "gunicorn_config", "worker", "sandbox"),
 )
 FACTS, NEIGHBOURS, ROWS, PRODUCT, SHELLS = FLOORS
 
 # What only the named modules may import: others go through them.
 DOORS = {
-    "requests": {"fal", "http_adapter"},
+    "requests": {"fal", "http_adapter", "operator_webhook"},
     "geventhttpclient": {"http_parser"},
     "socket": {"http_adapter", "serving", "worker", "sandbox"},
     "sqlite3": {"db", "committer", "migrations", "commands"},

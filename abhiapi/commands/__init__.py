@@ -11,6 +11,7 @@ import click
 
 from abhiapi import __version__
 from abhiapi.commands.accounts import accounts
+from abhiapi.commands.alerts import alerts
 from abhiapi.commands.backup import backup, restore
 from abhiapi.commands.calls import calls
 from abhiapi.commands.doctor import doctor
@@ -21,6 +22,7 @@ from abhiapi.commands.money import adjust, balance, refund, topup
 from abhiapi.commands.output import Program
 from abhiapi.commands.prices import estimate, prices
 from abhiapi.commands.serve import sandbox, serve
+from abhiapi.commands.statement import statement
 from abhiapi.commands.usage import usage
 
 
@@ -48,7 +50,7 @@ def main() -> None:
 
 
 for _command in (
-    *(serve, accounts, keys, topup, balance, usage, calls, holds, ledger, refund, adjust),
-    *(prices, estimate, doctor, backup, restore, sandbox),
+    *(serve, accounts, keys, topup, balance, usage, statement, calls, holds, ledger, refund, adjust),
+    *(prices, estimate, alerts, doctor, backup, restore, sandbox),
 ):
     main.add_command(_command)

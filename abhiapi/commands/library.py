@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from abhiapi import accounts as accounts
+    from abhiapi import alerts as alerts
     from abhiapi import audit as audit
     from abhiapi import calls as calls
     from abhiapi import db as db
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from abhiapi import reports as reports
     from abhiapi import settings as settings
     from abhiapi import shapes as shapes
+    from abhiapi import spending as spending
+    from abhiapi import statement_forms as statement_forms
+    from abhiapi import statements as statements
 else:
 
     def __getattr__(name: str) -> Any:
