@@ -156,19 +156,20 @@ CREATE INDEX usage_by_day ON usage_daily (day);
 CREATE TABLE usage_monthly (
     month             TEXT    NOT NULL,               -- '2026-11', UTC
     account_id        INTEGER NOT NULL REFERENCES accounts,
-    model             TEXT    NOT NULL,
     key_id            INTEGER NOT NULL REFERENCES keys,
     calls             INTEGER NOT NULL CHECK (calls >= 0),
     charged_micros    INTEGER NOT NULL CHECK (charged_micros >= 0),
     fal_cost_nano_usd INTEGER NOT NULL CHECK (fal_cost_nano_usd >= 0),
-    PRIMARY KEY (month, account_id, model, key_id)
+    PRIMARY KEY (month, account_id, key_id)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE usage_totals (
-    day               INTEGER PRIMARY KEY,
+    day               INTEGER NOT NULL,
+    model             TEXT    NOT NULL,
     calls             INTEGER NOT NULL CHECK (calls >= 0),
     charged_micros    INTEGER NOT NULL CHECK (charged_micros >= 0),
-    fal_cost_nano_usd INTEGER NOT NULL CHECK (fal_cost_nano_usd >= 0)
-) STRICT;
+    fal_cost_nano_usd INTEGER NOT NULL CHECK (fal_cost_nano_usd >= 0),
+    PRIMARY KEY (day, model)
+) STRICT, WITHOUT ROWID;
 
 -- What the operator was told of, or is about to be: one row for each time that something began to be wrong.
 CREATE TABLE alerts (

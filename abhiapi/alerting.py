@@ -7,6 +7,7 @@ so a restart repeats nothing and forgets nothing. Safe in several processes at o
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 from abhiapi import alerts, shapes
 from abhiapi.alerts import Alert, OpenHolds
@@ -67,8 +68,7 @@ def _announce(rt: Runtime) -> int:
     """One line in the log and one count in the metrics for each alert that nobody has announced yet."""
     count = 0
     for alert in rt.read_aside(lambda tx: alerts.to_announce(tx, most=PAGE)):
-        now = rt.now_ms()
-        if rt.write(lambda tx, of=alert: alerts.announce(tx, of.alert_id, now_ms=now), patience_s=PATIENCE_S):  # type: ignore[misc]
+        if rt.write(partial(alerts.announce, alert_id=alert.alert_id, now_ms=rt.now_ms()), patience_s=PATIENCE_S):
             count += 1
             rt.metrics.alerts.labels(alert.kind).inc()
             log.error("alert %s: %s", alert.kind, alert.message)
@@ -83,7 +83,7 @@ def _deliver(rt: Runtime, webhook: OperatorWebhook) -> None:
     for alert in [each for each in found if is_due(each, now)][:DELIVERIES_MAX]:
         trouble = webhook.post(shapes.alert_event(alert))
         at = rt.now_ms() if trouble is None else None
-        rt.write(lambda tx, of=alert: alerts.tried(tx, of.alert_id, delivered_at=at), patience_s=PATIENCE_S)  # type: ignore[misc]
+        rt.write(partial(alerts.tried, alert_id=alert.alert_id, delivered_at=at), patience_s=PATIENCE_S)
         if trouble is not None:
             log.warning("the alert webhook did not take alert %d: %s", alert.alert_id, trouble)
             return
@@ -93,4 +93,5 @@ def is_due(alert: Alert, now_ms: int) -> bool:
     """Whether the webhook is to be tried (again) now."""
     if alert.tries == 0:
         return True
-    return now_ms >= (alert.announced_at or alert.raised_at) + FIRST_PAUSE_MS * 4 ** (alert.tries - 1)
+    pause_ms = FIRST_PAUSE_MS << 2 * (alert.tries - 1)
+    return now_ms >= (alert.announced_at or alert.raised_at) + pause_ms

@@ -77,18 +77,18 @@ _ROLL_UPS = text(
 
 
 _MONTHS = text(
-    "SELECT month, account_id, model, key_id, SUM(calls), SUM(charged), SUM(cost) FROM ("
-    " SELECT strftime('%Y-%m', day * 86400, 'unixepoch') AS month, account_id, model, key_id, calls,"
+    "SELECT month, account_id, key_id, SUM(calls), SUM(charged), SUM(cost) FROM ("
+    " SELECT strftime('%Y-%m', day * 86400, 'unixepoch') AS month, account_id, key_id, calls,"
     "  charged_micros AS charged, fal_cost_nano_usd AS cost FROM usage_daily"
     " UNION ALL"
-    " SELECT month, account_id, model, key_id, -calls, -charged_micros, -fal_cost_nano_usd FROM usage_monthly"
-    ") GROUP BY month, account_id, model, key_id HAVING SUM(calls) <> 0 OR SUM(charged) <> 0 OR SUM(cost) <> 0"
+    " SELECT month, account_id, key_id, -calls, -charged_micros, -fal_cost_nano_usd FROM usage_monthly"
+    ") GROUP BY month, account_id, key_id HAVING SUM(calls) <> 0 OR SUM(charged) <> 0 OR SUM(cost) <> 0"
 )
 _TOTALS = text(
-    "SELECT day, SUM(calls), SUM(charged), SUM(cost) FROM ("
-    " SELECT day, calls, charged_micros AS charged, fal_cost_nano_usd AS cost FROM usage_daily"
-    " UNION ALL SELECT day, -calls, -charged_micros, -fal_cost_nano_usd FROM usage_totals"
-    ") GROUP BY day HAVING SUM(calls) <> 0 OR SUM(charged) <> 0 OR SUM(cost) <> 0"
+    "SELECT day, model, SUM(calls), SUM(charged), SUM(cost) FROM ("
+    " SELECT day, model, calls, charged_micros AS charged, fal_cost_nano_usd AS cost FROM usage_daily"
+    " UNION ALL SELECT day, model, -calls, -charged_micros, -fal_cost_nano_usd FROM usage_totals"
+    ") GROUP BY day, model HAVING SUM(calls) <> 0 OR SUM(charged) <> 0 OR SUM(cost) <> 0"
 )
 # What calls of limited keys hold and were charged, by the day and the month of their admission, against the counters.
 # Months before a limit was set were never counted.
@@ -208,14 +208,14 @@ def _call_problems(tx: Tx) -> Iterator[str]:
 
 def _roll_up_problems(tx: Tx) -> Iterator[str]:
     """What is added up once more from the daily usage, and what limited keys have spent."""
-    for month, account_id, model, key_id, calls, charged, cost in tx.each(_MONTHS):
+    for month, account_id, key_id, calls, charged, cost in tx.each(_MONTHS):
         yield (
-            f"roll-up of account {account_id}, month {month}, {model}, key {key_id} differs from its days by "
+            f"roll-up of account {account_id}, month {month}, key {key_id} differs from its days by "
             f"{calls} calls, {credits_text(charged)} credits, {cost} nano-USD"
         )
-    for day, calls, charged, cost in tx.each(_TOTALS):
+    for day, model, calls, charged, cost in tx.each(_TOTALS):
         yield (
-            f"the total of day {day} differs from its accounts by "
+            f"the total of day {day}, {model} differs from its accounts by "
             f"{calls} calls, {credits_text(charged)} credits, {cost} nano-USD"
         )
     for limit_id, period, spent, counted in tx.each(_SPENDING):

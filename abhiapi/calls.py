@@ -97,7 +97,6 @@ _COUNT_MONTH = (
     .where(
         _m.month == bindparam("in_month"),
         _m.account_id == bindparam("account"),
-        _m.model == bindparam("of_model"),
         _m.key_id == bindparam("key"),
     )
     .values(
@@ -111,7 +110,7 @@ _FIRST_MONTH = insert(tables.usage_monthly).values(
 )
 _COUNT_TOTAL = (
     update(tables.usage_totals)
-    .where(_d.day == bindparam("on_day"))
+    .where(_d.day == bindparam("on_day"), _d.model == bindparam("of_model"))
     .values(
         calls=_d.calls + bindparam("more_calls"),
         charged_micros=_d.charged_micros + bindparam("more_micros"),
@@ -329,10 +328,10 @@ def _count(
     month = month_of(day)
     moved = {"more_calls": calls, "more_micros": charged_micros, "more_nano_usd": cost}
     first = {"calls": calls, "charged_micros": charged_micros, "fal_cost_nano_usd": cost}
-    of = {"account_id": account_id, "model": model, "key_id": key_id}
+    of = {"account_id": account_id, "key_id": key_id}
     if tx.run(_COUNT_USAGE, account=account_id, on_day=day, of_model=model, key=key_id, **moved) == 0:
-        tx.run(_FIRST_USAGE, day=day, **of, **first)
-    if tx.run(_COUNT_MONTH, account=account_id, in_month=month, of_model=model, key=key_id, **moved) == 0:
+        tx.run(_FIRST_USAGE, day=day, model=model, **of, **first)
+    if tx.run(_COUNT_MONTH, account=account_id, in_month=month, key=key_id, **moved) == 0:
         tx.run(_FIRST_MONTH, month=month, **of, **first)
-    if tx.run(_COUNT_TOTAL, on_day=day, **moved) == 0:
-        tx.run(_FIRST_TOTAL, day=day, **first)
+    if tx.run(_COUNT_TOTAL, on_day=day, of_model=model, **moved) == 0:
+        tx.run(_FIRST_TOTAL, day=day, model=model, **first)

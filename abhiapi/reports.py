@@ -1,7 +1,7 @@
 """What people read: calls, entries, usage, open holds. Read-only; every function takes an open transaction.
 
-Usage comes from the roll-ups only: an account's from its days, all accounts' from the months and the days around them,
-so a report costs the same at ten million calls as at ten. Lists are paged
+Usage comes from the roll-ups only: an account's from its days, all accounts' from the totals of days and models, and
+from the months and the days around them, so a report costs the same at ten million calls as at ten. Lists are paged
 by key, newest first: ``cursor`` is the last id or seq of the page before.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import Select, bindparam, func, literal_column, select, union_all
+from sqlalchemy import Select, bindparam, func, literal_column, select, text
 
 from abhiapi import tables
 from abhiapi.calls import OPEN
@@ -29,7 +29,6 @@ _p = tables.price_versions.c
 _a = tables.accounts.c
 _e = tables.entries.c
 _u = tables.usage_daily.c
-_m = tables.usage_monthly.c
 _d = tables.usage_totals.c
 
 _CALL_COLUMNS = (
@@ -200,8 +199,8 @@ def usage(
     last = day_number(until) if until else day_number(date.max)
     if account_id is not None:
         rows = tx.all(_OF_ACCOUNT[by], account=account_id, first=first, last=last)
-    elif by == "day":
-        rows = tx.all(_DAYS, first=first, last=last)
+    elif by in ("day", "model"):
+        rows = tx.all(_TOTALS[by], first=first, last=last)
     else:
         rows = tx.all(_OVER_ALL[by], **_stretches(since, until))
     return [UsageRow(_group_text(by, group), calls, Micros(micros), nanos) for group, calls, micros, nanos in rows]
@@ -260,35 +259,37 @@ def _of_account(by: str) -> Select[Any]:
     return statement.group_by(group).order_by(group)
 
 
-def _over_all(by: str) -> Select[Any]:
-    """All accounts' usage: whole months from the monthly roll-up, the days around them from the daily one."""
-    column = {"model": "model", "key": "key_id", "account": "account_id"}[by]
-    names = (column, "calls", "charged_micros", "fal_cost_nano_usd")
-    parts = union_all(
-        select(*(_m[name] for name in names)).where(
-            _m.month >= bindparam("first_month"), _m.month <= bindparam("last_month")
-        ),
-        select(*(_u[name] for name in names)).where(_u.day >= bindparam("first"), _u.day <= bindparam("last")),
-        select(*(_u[name] for name in names)).where(_u.day >= bindparam("then"), _u.day <= bindparam("end")),
-    ).subquery()
-    sums = select(parts.c[column], *(func.sum(parts.c[name]).label(name) for name in names[1:])).group_by(
-        parts.c[column]
-    )
-    if by != "account":
-        return sums.order_by(parts.c[column])
-    of = sums.subquery()
-    return (
-        select(_a.name, of.c.calls, of.c.charged_micros, of.c.fal_cost_nano_usd)
-        .join_from(of, tables.accounts, of.c.account_id == _a.account_id)
-        .order_by(_a.name)
-    )
+def _totals(by: str) -> Select[Any]:
+    group = _d[by]
+    statement = select(group, *_sums(_d)).where(_d.day >= bindparam("first"), _d.day <= bindparam("last"))
+    return statement.group_by(group).order_by(group)
 
 
-_DAYS = select(_d.day, _d.calls, _d.charged_micros, _d.fal_cost_nano_usd).where(
-    _d.day >= bindparam("first"), _d.day <= bindparam("last")
-).order_by(_d.day)  # fmt: skip
+# All accounts' usage: whole months from the monthly roll-up, the days around them account by account from the daily
+# one. CROSS JOIN keeps SQLite to that order: each account's days lie side by side, those of one day do not.
+_BY_KEY = text(
+    "SELECT key_id, SUM(calls), SUM(charged), SUM(cost) FROM ("
+    " SELECT key_id, calls, charged_micros AS charged, fal_cost_nano_usd AS cost FROM usage_monthly"
+    "  WHERE month BETWEEN :first_month AND :last_month"
+    " UNION ALL SELECT u.key_id, u.calls, u.charged_micros, u.fal_cost_nano_usd FROM accounts a"
+    "  CROSS JOIN usage_daily u ON u.account_id = a.account_id AND u.day BETWEEN :first AND :last"
+    " UNION ALL SELECT u.key_id, u.calls, u.charged_micros, u.fal_cost_nano_usd FROM accounts a"
+    "  CROSS JOIN usage_daily u ON u.account_id = a.account_id AND u.day BETWEEN :then AND :end"
+    ") GROUP BY key_id ORDER BY key_id"
+)
+_BY_ACCOUNT = text(
+    "SELECT n.name, SUM(p.calls), SUM(p.charged), SUM(p.cost) FROM ("
+    " SELECT account_id, SUM(calls) AS calls, SUM(charged_micros) AS charged, SUM(fal_cost_nano_usd) AS cost"
+    "  FROM usage_monthly WHERE month BETWEEN :first_month AND :last_month GROUP BY account_id"
+    " UNION ALL SELECT a.account_id, SUM(u.calls), SUM(u.charged_micros), SUM(u.fal_cost_nano_usd) FROM accounts a"
+    "  CROSS JOIN usage_daily u ON u.account_id = a.account_id AND u.day BETWEEN :first AND :last GROUP BY a.account_id"
+    " UNION ALL SELECT a.account_id, SUM(u.calls), SUM(u.charged_micros), SUM(u.fal_cost_nano_usd) FROM accounts a"
+    "  CROSS JOIN usage_daily u ON u.account_id = a.account_id AND u.day BETWEEN :then AND :end GROUP BY a.account_id"
+    ") p JOIN accounts n ON n.account_id = p.account_id GROUP BY p.account_id ORDER BY n.name"
+)
+_TOTALS = {by: _totals(by) for by in ("day", "model")}
 _OF_ACCOUNT = {by: _of_account(by) for by in ("day", "model", "key", "account")}
-_OVER_ALL = {by: _over_all(by) for by in ("model", "key", "account")}
+_OVER_ALL = {"key": _BY_KEY, "account": _BY_ACCOUNT}
 
 
 def _group_text(by: Grouping, group: Any) -> str:

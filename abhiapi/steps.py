@@ -26,19 +26,20 @@ ALTER TABLE accounts ADD COLUMN alert_below_micros INTEGER;
 CREATE TABLE usage_monthly (
     month             TEXT    NOT NULL,
     account_id        INTEGER NOT NULL REFERENCES accounts,
-    model             TEXT    NOT NULL,
     key_id            INTEGER NOT NULL REFERENCES keys,
     calls             INTEGER NOT NULL CHECK (calls >= 0),
     charged_micros    INTEGER NOT NULL CHECK (charged_micros >= 0),
     fal_cost_nano_usd INTEGER NOT NULL CHECK (fal_cost_nano_usd >= 0),
-    PRIMARY KEY (month, account_id, model, key_id)
+    PRIMARY KEY (month, account_id, key_id)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE usage_totals (
-    day               INTEGER PRIMARY KEY,
+    day               INTEGER NOT NULL,
+    model             TEXT    NOT NULL,
     calls             INTEGER NOT NULL CHECK (calls >= 0),
     charged_micros    INTEGER NOT NULL CHECK (charged_micros >= 0),
-    fal_cost_nano_usd INTEGER NOT NULL CHECK (fal_cost_nano_usd >= 0)
-) STRICT;
+    fal_cost_nano_usd INTEGER NOT NULL CHECK (fal_cost_nano_usd >= 0),
+    PRIMARY KEY (day, model)
+) STRICT, WITHOUT ROWID;
 CREATE TABLE alerts (
     alert_id      INTEGER PRIMARY KEY,
     kind          TEXT    NOT NULL,
@@ -54,9 +55,9 @@ CREATE UNIQUE INDEX alerts_standing ON alerts (kind, subject) WHERE cleared_at I
 CREATE INDEX alerts_to_announce ON alerts (alert_id) WHERE announced_at IS NULL;
 CREATE INDEX alerts_to_deliver ON alerts (alert_id) WHERE delivered_at IS NULL AND tries < 5;
 INSERT INTO usage_monthly
-SELECT strftime('%Y-%m', day * 86400, 'unixepoch'), account_id, model, key_id,
+SELECT strftime('%Y-%m', day * 86400, 'unixepoch'), account_id, key_id,
        SUM(calls), SUM(charged_micros), SUM(fal_cost_nano_usd)
-FROM usage_daily GROUP BY 1, 2, 3, 4;
+FROM usage_daily GROUP BY 1, 2, 3;
 INSERT INTO usage_totals
-SELECT day, SUM(calls), SUM(charged_micros), SUM(fal_cost_nano_usd) FROM usage_daily GROUP BY day;
+SELECT day, model, SUM(calls), SUM(charged_micros), SUM(fal_cost_nano_usd) FROM usage_daily GROUP BY day, model;
 """

@@ -61,9 +61,9 @@ usage_daily = _table(
 )
 usage_monthly = _table(
     "usage_monthly",
-    "month:text! account_id:int! model:text! key_id:int! calls:int charged_micros:int fal_cost_nano_usd:int",
+    "month:text! account_id:int! key_id:int! calls:int charged_micros:int fal_cost_nano_usd:int",
 )
-usage_totals = _table("usage_totals", "day:int! calls:int charged_micros:int fal_cost_nano_usd:int")
+usage_totals = _table("usage_totals", "day:int! model:text! calls:int charged_micros:int fal_cost_nano_usd:int")
 alerts = _table(
     "alerts",
     "alert_id:int! kind:text subject:text message:text raised_at:int cleared_at:int? announced_at:int?"

@@ -4,6 +4,7 @@ import math
 import os
 import platform
 import re
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from install import EXPRESS
 from process import Cores
 from workloads import SLOW_CALLS, Sample, Workload
 
+_SECTION = re.compile(r"<!-- section (\w+) -->.*?<!-- end of \1 -->", re.DOTALL)
 TARGET_RATIO = 1.3  # throughput against the official proxy, at every number of connections
 ROOT = Path(__file__).resolve().parents[1]
 TITLES = {
@@ -109,6 +111,42 @@ def machine(cores: Cores, folder: Path) -> str:
         + ", ".join(f"{name} {number}" for name, number in express),
     ]
     return "\n".join(f"- {line}" for line in lines)
+
+
+def where(folder: Path, command: str) -> str:
+    """Where the figures of a benchmark without stacks come from, as a Markdown list."""
+    model = _first_match(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    memory_kib = int(_first_match(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text()) or 0)
+    lines = [
+        f"Machine: {model}, {os.cpu_count()} cores, {memory_kib / 1e6:.0f} GB; Linux {platform.release()}; databases "
+        f"on {_filesystem(folder)}; load average {os.getloadavg()[0]:.2f} before the start",
+        f"Commit: {_output('git', '-C', str(ROOT), 'describe', '--always', '--dirty') or 'none yet'}; "
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        f"Command: `{' '.join((command, *sys.argv[1:]))}`; Python {platform.python_version()}, "
+        f"SQLite {sqlite3.sqlite_version}",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def write_section(page: Path, name: str, text: str) -> None:
+    """Put a section that another program made into a page of results, in the place of its last one."""
+    before, _, after = page.read_text().partition(_begin(name)) if page.exists() else ("", "", "")
+    rest = after.partition(_end(name))[2]
+    page.write_text(f"{before.rstrip()}\n\n{_begin(name)}\n{text}\n{_end(name)}{rest or chr(10)}")
+
+
+def sections(page: Path) -> str:
+    """The sections of other programs in a page of results, to be kept when it is written anew."""
+    text = page.read_text() if page.exists() else ""
+    return "".join(f"\n\n{found[0]}" for found in _SECTION.finditer(text))
+
+
+def _begin(name: str) -> str:
+    return f"<!-- section {name} -->"
+
+
+def _end(name: str) -> str:
+    return f"<!-- end of {name} -->"
 
 
 def _table(cell: Cell) -> str:

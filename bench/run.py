@@ -62,7 +62,7 @@ def main() -> int:
     )
     print(page)
     if arguments.write:
-        RESULTS.write_text(page)
+        RESULTS.write_text(page + report.sections(RESULTS) + "\n")
     return 1 if problems else 0
 
 

@@ -93,8 +93,8 @@ def test_usage_of_one_account_and_of_some_days(cli: CommandLine, ann: Customer, 
 def test_usage_as_csv_is_the_rows(cli: CommandLine, ann: Customer) -> None:
     ann.settle()
     assert cli("usage", "--by", "model", "--csv").stdout == (
-        "group,calls,credits,cost_usd,fal_cost_usd,margin_usd,margin_percent\r\n"
-        f"{MODEL},1,26.25,0.02625,0.025,0.00125,4.76\r\n"
+        "group,calls,credits,cost_usd,fal_cost_usd,margin_usd,margin_percent\n"
+        f"{MODEL},1,26.25,0.02625,0.025,0.00125,4.76\n"
     )
 
 

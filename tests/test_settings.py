@@ -32,6 +32,7 @@ BAD = {
     "ABHIAPI_RECONCILE_INTERVAL_S": "never",
     "ABHIAPI_TRUSTED_PROXIES": "11",
     "ABHIAPI_METRICS_TOKEN": "naïve",
+    "ABHIAPI_ALERT_WEBHOOK_URL": "hooks.example.com/secret",
 }
 
 

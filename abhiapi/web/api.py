@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Iterator, Mapping
 from datetime import date
+from functools import partial
 from typing import Any
 
 from flask import Blueprint, Response, jsonify, request
@@ -153,7 +154,7 @@ def statement() -> Response:
 
     def lines() -> Iterator[statements.Line]:
         after = found.first_seq - 1
-        while rows := rt.read_aside(lambda tx: statements.page(tx, found, after)):
+        while rows := rt.read_aside(partial(statements.page, statement=found, after_seq=after)):
             yield from rows
             after = rows[-1].seq
 
