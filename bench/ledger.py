@@ -391,7 +391,7 @@ def page(small: Measured, large: Measured, count: int, about: str, built_s: floa
         f"- {ACCOUNTS:,} accounts with two keys each, {MODELS} models, {DAYS} days; one account makes a tenth of "
         f"the calls, one call in {FREE_EVERY} is free. Built in {built_s:,.0f} s.",
         f"- Writes: median of {TIMED}, of accounts all over the file, one transaction each. *First*: the statements, "
-        "with their pages not in SQLite's cache yet; *again*: the median of further rounds, what a call pays in a group "
+        "with pages not in SQLite's cache yet; *again*: the median of further rounds, what a call pays in a group "
         "commit; *committed*: that with a durable commit of its own.",
         "- Reports: the first time (file cache warm, SQLite's own cold), and the median of five more.",
         "",
