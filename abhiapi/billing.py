@@ -15,7 +15,7 @@ from typing import Literal
 
 from sqlalchemy import bindparam, delete, func, insert, literal_column, select, update
 
-from abhiapi import calls, ledger, tables
+from abhiapi import calls, ledger, spending, tables
 from abhiapi.calls import OpenCall
 from abhiapi.db import Row, Tx
 from abhiapi.errors import BadAmount
@@ -37,7 +37,7 @@ Effect = Literal["seen", "costed", "adjusted", "settled", "running", "unexplaine
 _COLUMNS = (
     _c.call_id, _c.account_id, _c.key_id, _p.model, _c.held_micros, _c.state, _c.usage_source, _c.charged_micros,
     _c.refunded_micros, _c.adjusted_micros, _c.units, _c.billed_units, _c.fal_cost_nano_usd, _c.finished_at,
-    _p.unit_price_usd, _c.fal_request_id,
+    _p.unit_price_usd, _c.fal_request_id, _c.created_at, spending.LIMIT_OF_CALL,
 )  # fmt: skip
 _CALLS = select(*_COLUMNS).join_from(tables.calls, tables.price_versions, _c.price_id == _p.price_id)
 _BY_REQUEST = _CALLS.where(_c.fal_request_id == bindparam("request_id")).order_by(_c.call_id).limit(1)
@@ -110,6 +110,8 @@ class BilledCall:
     finished_at: int | None
     unit_price_usd: str
     fal_request_id: str | None
+    admitted_at: int
+    limit_id: int | None  # its key's spending limit
 
     @property
     def net_micros(self) -> int:
@@ -235,6 +237,8 @@ def _adjust(tx: Tx, found: BilledCall, event: Event, now_ms: int) -> Effect:
         call_id=found.call.call_id,
     )
     calls.count_usage(tx, found.call, found.finished_at, calls=0, charged_micros=Micros(more), fal_cost_nano_usd=0)
+    if found.limit_id is not None:
+        spending.correct(tx, found.limit_id, found.admitted_at, more)
     return "adjusted"
 
 

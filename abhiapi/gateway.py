@@ -66,7 +66,7 @@ def _answer(rt: Runtime, call: Call, reply: FalReply) -> Reply:
     status = reply.status
     if status in metering.OPERATOR_STATUSES:
         reply.close()
-        log.error("fal refused the operator's credential or account with status %d", status)
+        admission.fal_refused(rt, status)
         refused = UpstreamRefused("fal does not accept calls from this service just now: nothing was charged")
         return _failed(rt, call, refused, reply)
     body = MeteredBody(rt, call, reply)

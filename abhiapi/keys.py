@@ -10,20 +10,23 @@ import hashlib
 import re
 import secrets
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from sqlalchemy import bindparam, func, insert, or_, select, update
 
-from abhiapi import prices, tables
+from abhiapi import prices, spending, tables
 from abhiapi.db import Row, Tx
 from abhiapi.errors import (
     AccountSuspended,
+    BadRequest,
     InvalidKey,
     KeyDisabled,
     KeyExpired,
     KeyRevoked,
     MissingKey,
+    ModelNotAllowed,
     NotFound,
     Refused,
 )
@@ -31,6 +34,7 @@ from abhiapi.ids import key_text, parse_key_id
 
 PREFIX = "sk-fal-"
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_PATTERN = re.compile(r"[A-Za-z0-9._~/*-]{1,200}")  # of the models that a key may call
 _CHANCE, _CHECK = 26, 6  # 26 characters of base 62 are 154 bits; a CRC-32 fits 6
 _SHAPE = re.compile(rf"{PREFIX}[0-9A-Za-z]{{{_CHANCE + _CHECK}}}")
 LAST_USED_STEP_MS = 60_000  # last_used_at is kept to the minute, to spare a write on every call
@@ -47,6 +51,7 @@ _COLUMNS = (
     _k.created_at,
     _k.expires_at,
     _k.last_used_at,
+    _k.models,
 )
 _JOINED = select(*_COLUMNS).join_from(tables.keys, tables.accounts, _k.account_id == _a.account_id)
 _BY_ID = _JOINED.where(_k.key_id == bindparam("key"))
@@ -64,6 +69,7 @@ _CALLER = (
         _a.plan,
         _a.status,
         *prices.NEWEST_ROWS,
+        _k.models,
     )
     .join_from(tables.keys, tables.accounts, _k.account_id == _a.account_id)
     .where(_k.digest == bindparam("of_digest"))
@@ -71,10 +77,11 @@ _CALLER = (
 _CREATE = insert(tables.keys).values(
     {
         name: bindparam(name)
-        for name in ("account_id digest last_four name status created_at expires_at replaces_key_id").split()
+        for name in ("account_id digest last_four name status created_at expires_at replaces_key_id models").split()
     }
 )
 _SET_STATUS = update(tables.keys).where(_k.key_id == bindparam("key")).values(status=bindparam("to_status"))
+_SET_MODELS = update(tables.keys).where(_k.key_id == bindparam("key")).values(models=bindparam("patterns"))
 _EXPIRE = (
     update(tables.keys)
     .where(_k.key_id == bindparam("key"), or_(_k.expires_at.is_(None), _k.expires_at > bindparam("at")))
@@ -100,6 +107,7 @@ class Key:
     created_at: int
     expires_at: int | None
     last_used_at: int | None
+    models: str | None  # patterns with a space between; None: any
 
     @property
     def masked(self) -> str:
@@ -122,6 +130,7 @@ class Caller:
     plan: str
     price_version: prices.Version  # read together with the key: tells whether the catalogue is up to date
     last_used_at: int
+    models: str | None = None  # the only models that it may call, patterns with a space between
 
 
 def new_key(chance: Callable[[int], int] = secrets.randbelow) -> str:
@@ -151,7 +160,7 @@ def authenticate(tx: Tx, key: str | None, *, now_ms: int, may_be_suspended: bool
     row = tx.one(_CALLER, of_digest=digest_of(key))
     if row is None:
         raise InvalidKey("this API key is not known here")
-    key_id, account_id, status, expires_at, last_used_at, account, plan, account_status, *newest_rows = row
+    key_id, account_id, status, expires_at, last_used_at, account, plan, account_status, *newest_rows, models = row
     if status == "revoked":
         raise KeyRevoked("this API key was revoked: use another key of the account")
     if status == "disabled":
@@ -160,7 +169,8 @@ def authenticate(tx: Tx, key: str | None, *, now_ms: int, may_be_suspended: bool
         raise KeyExpired("this API key has expired: use another key of the account")
     if account_status != "active" and not may_be_suspended:
         raise AccountSuspended("this account is suspended: ask the operator")
-    return Caller(key_id, account_id, account, plan, prices.version_from(newest_rows), last_used_at or 0)
+    version = prices.version_from(newest_rows)
+    return Caller(key_id, account_id, account, plan, version, last_used_at or 0, models)
 
 
 def create(
@@ -172,6 +182,7 @@ def create(
     now_ms: int,
     replaces: int | None = None,
     key: str | None = None,
+    models: str | None = None,
 ) -> tuple[str, Key]:
     """A new key: its text, which nobody can read again, and what is stored of it."""
     key = key or new_key()
@@ -185,6 +196,7 @@ def create(
         created_at=now_ms,
         expires_at=expires_at,
         replaces_key_id=replaces,
+        models=models,
     )
     return key, by_id(tx, key_id)
 
@@ -222,12 +234,45 @@ def set_status(tx: Tx, key: Key, status: str) -> Key:
 
 
 def rotate(tx: Tx, key: Key, *, grace_ms: int, now_ms: int) -> tuple[str, Key]:
-    """A new key in place of an old one, which works on for the grace period. Credit is the account's and stays."""
+    """A new key in place of an old one, which works on for the grace period. Credit is the account's and stays.
+
+    Its models are the old one's, and so are its spending limits: both spend under the same ones until the old key ends.
+    """
     if key.status_at(now_ms) != "active":
         raise Refused(f"{key_text(key.key_id)} is {key.status_at(now_ms)}: only an active key is rotated")
-    made = create(tx, key.account_id, name=key.name, expires_at=key.expires_at, now_ms=now_ms, replaces=key.key_id)
+    made = create(
+        tx,
+        key.account_id,
+        name=key.name,
+        expires_at=key.expires_at,
+        now_ms=now_ms,
+        replaces=key.key_id,
+        models=key.models,
+    )
+    spending.share(tx, key.key_id, made[1].key_id)
     tx.run(_EXPIRE, key=key.key_id, at=now_ms + grace_ms)
     return made
+
+
+def set_models(tx: Tx, key: Key, patterns: Sequence[str]) -> Key:
+    """Let a key call only the models that match one of these; none of them: any. Raises `BadRequest`."""
+    for pattern in patterns:
+        if not _PATTERN.fullmatch(pattern):
+            raise BadRequest(f"{pattern[:60]!r} is no model or pattern such as fal-ai/flux/dev or fal-ai/flux/*")
+    tx.run(_SET_MODELS, key=key.key_id, patterns=" ".join(dict.fromkeys(patterns)) or None)
+    return by_id(tx, key.key_id)
+
+
+def check_model(caller: Caller, model: str) -> None:
+    """Raises `ModelNotAllowed` where the key may call other models only."""
+    if caller.models is not None and not any(_matches(pattern, model) for pattern in caller.models.split(" ")):
+        raise ModelNotAllowed(f"this API key may not call {model[:200]!r}: use another key of the account")
+
+
+@lru_cache(maxsize=1024)
+def _matches(pattern: str, model: str) -> bool:
+    """Whether a model's id is the pattern's; ``*`` stands for any text, slashes too, and nothing else is special."""
+    return re.fullmatch(".*".join(re.escape(part) for part in pattern.split("*")), model) is not None
 
 
 def touch(tx: Tx, key_id: int, now_ms: int) -> None:

@@ -122,7 +122,7 @@ def _submitted(rt: Runtime, call: Call, seen: Seen, base_url: str) -> Reply:
     model = call.open.model
     if seen.status in metering.OPERATOR_STATUSES:
         admission.settle(rt, call, metering.released("fal_refused_operator"), http_status=seen.status)
-        log.error("fal refused the operator's credential or account with status %d", seen.status)
+        admission.fal_refused(rt, seen.status)
         return _ended_with(rt, call, UpstreamRefused("fal does not accept jobs from this service: nothing was charged"))
     body, outcome = seen.body, Outcome(Micros(0), Micros(0))
     if 200 <= seen.status < 300:
@@ -200,7 +200,7 @@ def _result(rt: Runtime, job: Job, request: Request, dialect: wire.Dialect) -> R
     target = queuewire.job_path(job.call.model, job.request_id, "result") + ("?" + query if query else "")
     reply = settlement.fetch(rt, target, wire.request_headers(request.headers.items()))
     try:
-        settlement.refuse_operators_trouble(reply.status)
+        settlement.refuse_operators_trouble(rt, reply.status)
         if outcome is None:  # it ran a moment ago; an answer says that it has completed since
             outcome = settlement.settle(rt, job) if 200 <= reply.status < 300 else settlement.known(rt, job)
         body = ResultBody(reply, wire.billing_member(job.call.model, outcome.charge_micros, outcome.balance_micros))
@@ -256,7 +256,7 @@ def _ended_with(rt: Runtime, call: Call, error: AbhiError) -> Reply:
 
 def _passed(rt: Runtime, job: Job, seen: Seen, dialect: wire.Dialect) -> Reply:
     """An answer that costs nothing, whatever the job will."""
-    settlement.refuse_operators_trouble(seen.status)
+    settlement.refuse_operators_trouble(rt, seen.status)
     balance = rt.reader.read(lambda tx: jobs.balance(tx, job))
     return _whole(rt, job.call.model, seen.status, seen.headers, seen.body, Outcome(Micros(0), balance), dialect)
 

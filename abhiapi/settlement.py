@@ -98,7 +98,7 @@ def status(rt: Runtime, job: Job, *, with_logs: bool) -> Seen:
     def look() -> Seen:
         path = queuewire.job_path(job.call.model, job.request_id, "status")
         seen = read_whole(fetch(rt, f"{path}?logs={int(with_logs)}", _PLAIN))
-        refuse_operators_trouble(seen.status)
+        refuse_operators_trouble(rt, seen.status)
         return seen
 
     seen: Seen = rt.polls.statuses.get((job.call.call_id, with_logs), look)
@@ -110,10 +110,10 @@ def forget_status(rt: Runtime, job: Job) -> None:
         rt.polls.statuses.forget((job.call.call_id, with_logs))
 
 
-def refuse_operators_trouble(http_status: int) -> None:
+def refuse_operators_trouble(rt: Runtime, http_status: int) -> None:
     """Raises `UpstreamRefused`: fal's words about the operator's account are not for customers."""
     if http_status in metering.OPERATOR_STATUSES:
-        log.error("fal refused the operator's credential or account with status %d", http_status)
+        admission.fal_refused(rt, http_status)
         raise UpstreamRefused("fal does not answer this service just now: nothing was changed, try again later")
 
 
@@ -160,7 +160,7 @@ def _settle(rt: Runtime, job: Job) -> Outcome:
             return _end(rt, job, verdict, http_status=reply.status)
         if meaning == "gone" and (outcome := _gone(rt, job)) is not None:
             return outcome
-        refuse_operators_trouble(reply.status)
+        refuse_operators_trouble(rt, reply.status)
     if rt.now_ms() - job.created_at > UNAVAILABLE_AFTER_MS:
         return _end(rt, job, Verdict("unknown", reason="result_not_available"), http_status=None)
     raise UpstreamError("fal cannot show the finished job's result just now: try again")

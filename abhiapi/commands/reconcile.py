@@ -210,7 +210,7 @@ def _day_ms(text: str) -> int:
         day = library.reports.parse_day(text)
     except ValueError as error:
         raise usage_error("--since", error) from error
-    return int(library.reports.day_number(day)) * 86_400_000
+    return int(library.days.day_number(day)) * 86_400_000
 
 
 def _iso(at_ms: int) -> str:
