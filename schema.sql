@@ -173,6 +173,7 @@ CREATE TABLE unexplained_events (
     happened_at     INTEGER NOT NULL,                 -- by fal's clock
     seen_at         INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX unexplained_events_by_model ON unexplained_events (model, happened_at);
 
 -- How far something that goes through time has come.
 CREATE TABLE bookmarks (

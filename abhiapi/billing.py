@@ -3,7 +3,8 @@
 Functions take an open transaction. An event that is seen again changes nothing. The past is never edited: a charge
 that had to be computed without units is moved by an adjustment entry, once (contract 3.5; fal-protocol 8.5). A call
 whose cost was not known is settled. Whose call an event belongs to is decided by fal's request id; where fal's answer
-was lost before it named one, by model and time, and then only fal's cost is attributed, never a customer's charge.
+was lost before it named one, by model and time: a call that was given back then takes fal's cost, and nobody is
+charged; a job whose submit got no answer is settled where exactly one call and exactly one event fit each other.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
 
-from sqlalchemy import bindparam, delete, func, insert, literal_column, select, update
+from sqlalchemy import bindparam, delete, func, insert, literal_column, or_, select, update
 
 from abhiapi import calls, ledger, spending, tables
 from abhiapi.calls import OpenCall
@@ -46,7 +47,7 @@ _FITTING = _BETWEEN.where(
     _p.model == bindparam("of_model"),
     _c.fal_request_id.is_(None),
     _c.state.in_([literal_column("'released'"), literal_column("'unknown'")]),
-    func.coalesce(_c.finished_at, _c.deadline_at) >= bindparam("not_over_before"),
+    or_(_c.finished_at.is_(None), _c.finished_at >= bindparam("not_over_before")),  # None: a job may wait for hours
 ).limit(FITTING_MAX)
 _RUNNING = _BETWEEN.where(
     _p.model == bindparam("of_model"), _c.fal_request_id.is_(None), _c.state == literal_column("'held'")
@@ -77,6 +78,11 @@ _UNEXPLAINED = (
     .where(_u.request_id > bindparam("after"))
     .order_by(_u.request_id)
     .limit(bindparam("most"))
+)
+_RIVALS = select(func.count()).where(
+    _u.model == bindparam("of_model"),
+    _u.happened_at >= bindparam("since"),
+    _u.happened_at < bindparam("until"),
 )
 _REACHED = select(_b.reached_at).where(_b.name == bindparam("of_name"))
 _MOVE = update(tables.bookmarks).where(_b.name == bindparam("of_name")).values(reached_at=bindparam("at"))
@@ -133,18 +139,29 @@ def apply(tx: Tx, event: Event, *, now_ms: int) -> Effect:
 def attribute(tx: Tx, event: Event, *, now_ms: int) -> Effect:
     """Explain an event by a call whose answer was lost, so that fal's id for it was never seen.
 
-    The oldest released call of that model whose time fits takes fal's cost; nobody is charged by a guess. A call that
-    is still running may be the one: the event waits for it.
+    The oldest released call of that model whose time fits takes fal's cost; nobody is charged by it. Where there is
+    none, a job whose submit got no answer is settled if it is the only call that fits, and this the only event that
+    fits it. A call that is still running may be the one: the event waits for it.
     """
     bounds = {"first": _first_id(event.happened_at - LOST_MS), "end": _first_id(event.happened_at + SKEW_MS)}
     if tx.one(_RUNNING, of_model=event.model, **bounds) is not None:
         return "running"
     rows = tx.all(_FITTING, of_model=event.model, not_over_before=event.happened_at - SKEW_MS, **bounds)
-    for found in map(_billed_call, rows):
-        if found.state == "released":
-            tx.run(_FORGET, of_request=event.request_id)
-            return _explain(tx, found, event, now_ms)
-    return "unexplained"
+    fitting = [_billed_call(row) for row in rows]
+    found = next((one for one in fitting if one.state == "released"), None)
+    if found is None and len(fitting) == 1 and _is_only_event(tx, fitting[0]):
+        found = fitting[0]
+    if found is None:
+        return "unexplained"
+    tx.run(_FORGET, of_request=event.request_id)
+    return _explain(tx, found, event, now_ms)
+
+
+def _is_only_event(tx: Tx, found: BilledCall) -> bool:
+    """Whether no more than one event that nothing explains could be this call's."""
+    since = found.admitted_at - SKEW_MS
+    row = tx.one(_RIVALS, of_model=found.call.model, since=since, until=found.admitted_at + LOST_MS)
+    return row is not None and row[0] == 1
 
 
 def unexplained(tx: Tx, *, after: str, most: int) -> list[Event]:

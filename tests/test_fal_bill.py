@@ -279,11 +279,30 @@ def test_each_lost_answer_explains_one_event(books: Books) -> None:
     assert books.compare().drift == {"unexplained_event": 1}
 
 
-def test_a_submit_whose_outcome_is_unknown_is_not_settled_by_a_guess(books: Books) -> None:
-    books.call(Verdict("unknown", reason="submit_outcome_unknown"), None)
+def lost_submit(books: Books) -> calls.OpenCall:
+    return books.call(Verdict("unknown", reason="submit_outcome_unknown"), None)
+
+
+def test_a_lost_submit_is_settled_where_one_call_and_one_event_fit_each_other(books: Books) -> None:
+    """The connection was cut after fal had accepted the job (row 30): resolved from fal's bill, not repeated."""
+    call = lost_submit(books)
+    balance, held = books.customer.standing()
+    books.clock.tick(3_600_000)
+    books.bill("its-job", "2")
+    assert books.compare().drift == {}
+    assert books.customer.standing() == (balance - 2 * FLUX_MICROS, held - FLUX_MICROS)
+    row = books.row(call)
+    assert (row.state, row.fal_request_id, row.usage_source) == ("settled", "its-job", "events")
+
+
+@pytest.mark.parametrize(("submits", "events"), [(1, 2), (2, 1), (2, 2)])
+def test_lost_submits_are_never_settled_by_a_guess(books: Books, submits: int, events: int) -> None:
+    for _ in range(submits):
+        lost_submit(books)
     before = books.customer.standing()
-    books.bill("perhaps")
-    assert books.compare().drift == {"unexplained_event": 1}
+    for number in range(events):
+        books.bill(f"perhaps-{number}")
+    assert books.compare().drift == {"unexplained_event": events}
     assert books.customer.standing() == before
 
 
