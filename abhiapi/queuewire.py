@@ -30,6 +30,7 @@ _ACTIONS: dict[tuple[str, ...], Action] = {
 _SHORT_ACTIONS: dict[tuple[str, ...], Action] = _ACTIONS | {(): "status"}
 _NAMESPACES = frozenset(("workflows", "comfy"))  # whose apps have three segments (fal-protocol 3.2)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")  # fal's are UUIDs
+PENDING = frozenset(("IN_QUEUE", "IN_PROGRESS"))  # the statuses of a job that has not ended (fal-protocol 3.3)
 _URL_MEMBERS = {"status_url": "/status", "response_url": "", "cancel_url": "/cancel"}
 
 

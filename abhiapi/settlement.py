@@ -93,7 +93,7 @@ def fetch(rt: Runtime, target: str, headers: wire.Headers) -> FalReply:
 
 
 def status(rt: Runtime, job: Job, *, with_logs: bool) -> Seen:
-    """A job's status, at most a moment old. Raises `Upstream*`."""
+    """A job's status, at most a moment old, and never from before an end that our books know. Raises `Upstream*`."""
 
     def look() -> Seen:
         path = queuewire.job_path(job.call.model, job.request_id, "status")
@@ -102,12 +102,15 @@ def status(rt: Runtime, job: Job, *, with_logs: bool) -> Seen:
         return seen
 
     seen: Seen = rt.polls.statuses.get((job.call.call_id, with_logs), look)
+    if job.is_over and queuewire.status_of(seen.body) in queuewire.PENDING:
+        seen = rt.polls.statuses.get((job.call.call_id, with_logs, "over"), look)
     return seen
 
 
 def forget_status(rt: Runtime, job: Job) -> None:
     for with_logs in (False, True):
         rt.polls.statuses.forget((job.call.call_id, with_logs))
+        rt.polls.statuses.forget((job.call.call_id, with_logs, "over"))
 
 
 def refuse_operators_trouble(http_status: int) -> None:
