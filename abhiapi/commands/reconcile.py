@@ -23,7 +23,7 @@ log = logging.getLogger("abhiapi")
 def reconcile(as_json: bool) -> None:
     """Settle the jobs of fal's queue now.
 
-    Asks fal about every open job, 50 at a time, and ends the holds of those that have completed: as a charge
+    Asks fal about every open job, 250 at a time, and ends the holds of those that have completed: as a charge
     (settled), without one (released), or as the operator's to look into (unknown, see `abhiapi holds list`). The
     server does the same every few seconds; this is safe beside it, and beside another of its kind. Needs FAL_KEY.
     Jobs that still run are left open.
