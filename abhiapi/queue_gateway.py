@@ -62,7 +62,13 @@ def run(rt: Runtime, request: Request) -> Reply:
             return _submit(rt, caller, call_id, request, dialect, route.target)
 
         return admission.within_limits(rt, request, once(submit))
+    return _about_job(rt, request, route)
+
+
+def _about_job(rt: Runtime, request: Request, route: queuewire.Route) -> Reply:
+    """An answer about a job; each names the job and its call once it is known whose it is."""
     key, dialect = wire.caller_key(request.headers)
+    job: Job | None = None
     try:
         caller = rt.authenticate(key, may_be_suspended=True)  # who has paid may have what was paid for
         rt.polls.allow(caller.key_id)
@@ -73,12 +79,16 @@ def run(rt: Runtime, request: Request) -> Reply:
             return _not_found(rt)
         rt.polls.check_open(caller.account_id)
         reply = _ANSWERS[route.action](rt, job, request, dialect)
+        if not isinstance(reply.body, bytes):
+            reply.body.when_closed = rt.polls.opened(caller.account_id)
     except AbhiError as error:
         # Whatever the dialect: asking about a job costs nothing, so a client that repeats a 502 or 504 does well.
-        return admission.refusal(rt, error, "table")
-    if not isinstance(reply.body, bytes):
-        reply.body.when_closed = rt.polls.opened(caller.account_id)
-    return admission.with_headers(reply, [("x-abhiapi-call-id", call_text(job.call.call_id))])
+        reply = admission.refusal(rt, error, "table")
+    if job is not None:
+        reply.headers.append(("x-abhiapi-call-id", call_text(job.call.call_id)))
+        if all(name.lower() != "x-fal-request-id" for name, _ in reply.headers):  # clients look for it: 10.2, no. 9
+            reply.headers.append(("x-fal-request-id", job.request_id))
+    return reply
 
 
 # --- submit -----------------------------------------------------------------------------------------------------
@@ -123,7 +133,8 @@ def _submitted(rt: Runtime, call: Call, seen: Seen, base_url: str) -> Reply:
     if seen.status in metering.OPERATOR_STATUSES:
         admission.settle(rt, call, metering.released("fal_refused_operator"), http_status=seen.status)
         admission.fal_refused(rt, seen.status)
-        return _ended_with(rt, call, UpstreamRefused("fal does not accept jobs from this service: nothing was charged"))
+        refused = UpstreamRefused("fal does not accept jobs from this service: nothing was charged")
+        return admission.refusal(rt, refused, call.dialect)
     body, outcome = seen.body, Outcome(Micros(0), Micros(0))
     if 200 <= seen.status < 300:
         request_id = queuewire.request_id_of(body)
@@ -175,8 +186,10 @@ def _remember(rt: Runtime, call: Call, request_id: str, http_status: int) -> Mic
 def _status(rt: Runtime, job: Job, request: Request, dialect: wire.Dialect) -> Reply:
     """A job's status as fal tells it, with the charge from the moment on that it shows COMPLETED."""
     seen = settlement.status(rt, job, with_logs=queuewire.wants_logs(request.query))
-    is_complete = queuewire.status_of(seen.body) == "COMPLETED"
-    outcome = settlement.settle(rt, job) if is_complete else settlement.known(rt, job)
+    shown = queuewire.status_of(seen.body)
+    outcome = settlement.settle(rt, job) if shown == "COMPLETED" else settlement.known(rt, job)
+    if shown in queuewire.PENDING:  # whatever has become of it since fal said so
+        outcome = Outcome(Micros(0), outcome.balance_micros)
     body = _rewritten(rt, seen.body, request.base_url, job.call.model, job.request_id)
     return _whole(rt, job.call.model, seen.status, seen.headers, body, outcome, dialect)
 
@@ -220,8 +233,7 @@ def _result(rt: Runtime, job: Job, request: Request, dialect: wire.Dialect) -> R
 def _cancel(rt: Runtime, job: Job, request: Request, dialect: wire.Dialect) -> Reply:
     """A wish to cancel. It costs nothing and gives nothing back: the job's end does (contract 3.5)."""
     path = queuewire.job_path(job.call.model, job.request_id, "cancel")
-    headers = wire.request_headers(request.headers.items())
-    seen = settlement.read_whole(rt.fal_queue.send("PUT", path, headers, None))
+    seen = settlement.read_whole(rt.fal_queue.send("PUT", path, wire.request_headers(request.headers.items()), None))
     settlement.forget_status(rt, job)
     if 200 <= seen.status < 300 and not job.is_over:
         try:
@@ -248,10 +260,6 @@ def _not_found(rt: Runtime) -> Reply:
     rt.metrics.refused.labels(error.type).inc()
     body = wire.error_body(error, billing=b'"status": "NOT_FOUND"')
     return Reply(error.status, admission.json_headers(body), body)
-
-
-def _ended_with(rt: Runtime, call: Call, error: AbhiError) -> Reply:
-    return admission.refusal(rt, error, call.dialect)
 
 
 def _passed(rt: Runtime, job: Job, seen: Seen, dialect: wire.Dialect) -> Reply:

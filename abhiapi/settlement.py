@@ -93,7 +93,7 @@ def fetch(rt: Runtime, target: str, headers: wire.Headers) -> FalReply:
 
 
 def status(rt: Runtime, job: Job, *, with_logs: bool) -> Seen:
-    """A job's status, at most a moment old. Raises `Upstream*`."""
+    """A job's status, at most a moment old, and never from before an end that our books know. Raises `Upstream*`."""
 
     def look() -> Seen:
         path = queuewire.job_path(job.call.model, job.request_id, "status")
@@ -102,12 +102,15 @@ def status(rt: Runtime, job: Job, *, with_logs: bool) -> Seen:
         return seen
 
     seen: Seen = rt.polls.statuses.get((job.call.call_id, with_logs), look)
+    if job.is_over and queuewire.status_of(seen.body) in queuewire.PENDING:
+        seen = rt.polls.statuses.get((job.call.call_id, with_logs, "over"), look)
     return seen
 
 
 def forget_status(rt: Runtime, job: Job) -> None:
     for with_logs in (False, True):
         rt.polls.statuses.forget((job.call.call_id, with_logs))
+        rt.polls.statuses.forget((job.call.call_id, with_logs, "over"))
 
 
 def refuse_operators_trouble(rt: Runtime, http_status: int) -> None:
@@ -156,6 +159,8 @@ def _settle(rt: Runtime, job: Job) -> Outcome:
         except UpstreamError as error:
             log.info("the result of %s could not be looked at: %s", call_text(job.call.call_id), error.message)
             continue
+        if verdict is None and reply.status >= 500 and _has_failed(rt, job):
+            verdict = metering.released("fal_5xx")
         if verdict is not None:
             return _end(rt, job, verdict, http_status=reply.status)
         if meaning == "gone" and (outcome := _gone(rt, job)) is not None:
@@ -164,6 +169,14 @@ def _settle(rt: Runtime, job: Job) -> Outcome:
     if rt.now_ms() - job.created_at > UNAVAILABLE_AFTER_MS:
         return _end(rt, job, Verdict("unknown", reason="result_not_available"), http_status=None)
     raise UpstreamError("fal cannot show the finished job's result just now: try again")
+
+
+def _has_failed(rt: Runtime, job: Job) -> bool:
+    """Whether fal's status says so, where the result's 5xx might be an ingress's that knows nothing of the job."""
+    try:
+        return queuewire.has_failed(status(rt, job, with_logs=False).body)
+    except UpstreamError:
+        return False
 
 
 def _judged(rt: Runtime, job: Job, reply: FalReply) -> tuple[queuewire.Meaning, Verdict | None]:
