@@ -92,7 +92,7 @@ def _submit(
         raise MethodNotAllowed("a job is submitted with POST")
     model, _ = wire.endpoint_of(path)
     price = rt.catalogue(caller.own_price_id).price_of(model)
-    query, webhook_url = wished(rt, call_id, wire.forwarded_query(request.query))
+    query, webhook_url = wished(rt, call_id, wire.forwarded_query(request.query), caller.account)
     headers = wire.request_headers(request.headers.items())
     body = request.read_body()
     held_micros = pricing.ceiling(price, body.call_input).amount_micros

@@ -240,7 +240,8 @@ class Deliveries:
             ("Content-Type", "application/json"),
             *webhookwire.signed_headers(parcel.request_id, user_id, timestamp, signature),
         ]
-        return rt.outbound.post(webhookwire.target_of(parcel.url), headers, parcel.payload, timeout_s=timeout_s)
+        target = webhookwire.target_of(parcel.url)
+        return rt.outbound.post(target, headers, parcel.payload, timeout_s=timeout_s, account=parcel.account)
 
     def _end(
         self,
