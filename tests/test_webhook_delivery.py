@@ -317,6 +317,28 @@ def test_what_a_killed_process_was_at_is_taken_up_again(desk: Desk, receiver: Re
     assert [one.json for one in receiver.deliveries] == [{"made": 1}]
 
 
+@pytest.mark.parametrize("site", ["desk", "known"])
+def test_a_payload_that_was_being_made_at_a_kill_is_made_half_a_minute_later(
+    request: pytest.FixtureRequest, site: str, receiver: Receiver
+) -> None:
+    """Making is no delivery: doing it twice harms nobody, so the lease need not outlive the slowest answer of fal's."""
+    at: Desk = request.getfixturevalue(site)
+    _, (job,) = at.wanting(receiver.url())
+    at.settle()
+    at.clock.tick(webhook_delivery.GRACE_MS)
+    killed = Deliveries(at.rt)
+    assert killed.start_round() == 1
+    gevent.sleep(0)  # it has begun
+    while at.row(job).attempts == 0:
+        gevent.sleep(0.001)
+    killed._making.kill()
+    at.deliveries.run_until_idle()
+    assert receiver.deliveries == []
+    at.clock.tick(30_000)
+    at.deliveries.run_until_idle()
+    assert len(receiver.deliveries) == 1
+
+
 def test_old_payloads_are_forgotten_with_the_secrets_of_their_urls(desk: Desk, receiver: Receiver) -> None:
     _, (job,) = desk.wanting(receiver.url("/hook?token=secret"))
     desk.settle()
