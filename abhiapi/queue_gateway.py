@@ -152,6 +152,8 @@ def _remember(rt: Runtime, call: Call, request_id: str, http_status: int) -> Mic
         balance = rt.write(remember, patience_s=settlement.SETTLE_PATIENCE_S)
     except DatabaseUnavailable as error:
         rt.settle_later(remember, call.open.call_id)
+        # Should this process die before the database takes it, the operator finds the job by this line alone.
+        log.error("%s is fal's job %s, which could not be written yet", call_text(call.open.call_id), request_id)
         raise ChargeNotRecorded(
             "fal accepted the job, and that could not be written down yet. It is settled by itself later"
         ) from error
