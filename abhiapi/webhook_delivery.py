@@ -102,6 +102,8 @@ class Deliveries:
         accounts = rt.reader.read(lambda tx: webhooks.accounts(tx, now_ms=now))
         first = self._chance(len(accounts)) if accounts else 0  # where places are short, everybody is first at times
         for account in accounts[first:] + accounts[:first]:
+            if self._delivering.free_count() < 1:
+                break  # whoever gives a place back starts the next round
             if self._of_account[account] < PER_ACCOUNT:
                 started += self._start_account(account, now)
         return started
