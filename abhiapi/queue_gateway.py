@@ -11,15 +11,13 @@ request id is, is decided from our own rows before fal is asked, since fal would
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator
-from time import monotonic
+from collections.abc import Callable
 
-from abhiapi import admission, calls, encodings, jobs, jsonbytes, keys, metering, pricing, queuewire, settlement, wire
+from abhiapi import admission, calls, jobs, keys, metering, pricing, queuewire, settlement, wire
 from abhiapi.admission import WHOLE_BYTES_MAX, Call, Outcome, Reply, Request
 from abhiapi.db import Tx
 from abhiapi.errors import (
     AbhiError,
-    BodyIncomplete,
     ChargeNotRecorded,
     DatabaseUnavailable,
     MethodNotAllowed,
@@ -29,14 +27,13 @@ from abhiapi.errors import (
     UpstreamError,
     UpstreamRefused,
 )
-from abhiapi.fal import FalReply
 from abhiapi.ids import call_text
 from abhiapi.jobs import Job
 from abhiapi.metering import Verdict
 from abhiapi.money import Micros
+from abhiapi.queue_bodies import ResultBody, StatusEvents, rewritten
 from abhiapi.replay import once
 from abhiapi.runtime import Runtime
-from abhiapi.settings import SLOW_CALLER_S
 from abhiapi.settlement import Seen
 from abhiapi.webhook_intake import want, wished
 
@@ -45,7 +42,6 @@ log = logging.getLogger("abhiapi")
 SUBMIT_BYTES_MAX = 1024 * 1024  # of fal's answer to a submit
 ASKED_BYTES_MAX = 4 * 1024  # a request up to this size is kept in memory for an answer without units
 STREAM_MAX_S = 86_400  # how long a status stream may be silent, all in all: a job may wait in fal's queue for hours
-EVENT_BYTES_MAX = 16 * 1024 * 1024  # one line of a status stream
 
 _SUBMITTING = frozenset(("POST", "GET", "PUT", "PATCH", "DELETE"))  # HEAD and OPTIONS would hold for nothing
 
@@ -102,7 +98,7 @@ def _submit(
         raise MethodNotAllowed("a job is submitted with POST")
     model, _ = wire.endpoint_of(path)
     price = rt.catalogue(caller.price_version).price_of(model)
-    query, webhook_url = wished(rt, call_id, wire.forwarded_query(request.query))
+    query, webhook_url = wished(rt, call_id, wire.forwarded_query(request.query), caller.account)
     headers = wire.request_headers(request.headers.items())
     body = request.read_body()
     ceiling = pricing.ceiling(price, body.call_input)
@@ -142,7 +138,7 @@ def _submitted(rt: Runtime, call: Call, seen: Seen, base_url: str) -> Reply:
             raise UpstreamBroken("fal's answer to the submit names no job")
         balance = _remember(rt, call, request_id, seen.status)
         outcome = Outcome(Micros(0), balance)
-        body = _rewritten(rt, body, base_url, model, request_id)
+        body = rewritten(rt, body, base_url, model, request_id)
     else:
         verdict = metering.verdict(call.price, seen.status, _values(seen, metering.UNITS_HEADER), call.call_input, None)
         outcome = admission.settle(rt, call, verdict, http_status=seen.status)
@@ -163,6 +159,8 @@ def _remember(rt: Runtime, call: Call, request_id: str, http_status: int) -> Mic
         balance = rt.write(remember, patience_s=settlement.SETTLE_PATIENCE_S)
     except DatabaseUnavailable as error:
         rt.settle_later(remember, call.open.call_id)
+        # Should this process die before the database takes it, the operator finds the job by this line alone.
+        log.error("%s is fal's job %s, which could not be written yet", call_text(call.open.call_id), request_id)
         raise ChargeNotRecorded(
             "fal accepted the job, and that could not be written down yet. It is settled by itself later"
         ) from error
@@ -190,7 +188,7 @@ def _status(rt: Runtime, job: Job, request: Request, dialect: wire.Dialect) -> R
     outcome = settlement.settle(rt, job) if shown == "COMPLETED" else settlement.known(rt, job)
     if shown in queuewire.PENDING:  # whatever has become of it since fal said so
         outcome = Outcome(Micros(0), outcome.balance_micros)
-    body = _rewritten(rt, seen.body, request.base_url, job.call.model, job.request_id)
+    body = rewritten(rt, seen.body, request.base_url, job.call.model, job.request_id)
     return _whole(rt, job.call.model, seen.status, seen.headers, body, outcome, dialect)
 
 
@@ -289,111 +287,5 @@ def _shown_headers(rt: Runtime, headers: wire.Headers, *, is_changed: bool) -> w
     return wire.response_headers(headers, secret=wire.worth_hiding(rt.settings.fal_key), without=without)
 
 
-def _rewritten(rt: Runtime, document: bytes, base_url: str, model: str, request_id: str) -> bytes:
-    return queuewire.rewritten(
-        document, fal_url=rt.settings.fal_queue_url, base_url=base_url, model=model, request_id=request_id
-    )
-
-
 def _values(seen: Seen, name: str) -> list[str]:
     return [value for header, value in seen.headers if header.lower() == name]
-
-
-class ResultBody:
-    """A job's answer on its way to the caller, with its charge before the last brace. Nothing is left to settle."""
-
-    def __init__(self, reply: FalReply, member: bytes) -> None:
-        self._reply = reply
-        self._member = member
-        is_json = wire.is_json_type(reply.value("content-type"))
-        encoding = (reply.value("content-encoding") or "identity").strip().lower()
-        is_decoded = is_json and encoding in encodings.DECODABLE
-        self.is_json = is_json and (is_decoded or encoding == "identity")
-        self._read1 = encodings.DecodingReader(reply.read1) if is_decoded else reply.read1
-        dropped = "content-encoding" if is_decoded else ""
-        self.headers = [(name, value) for name, value in reply.headers if name.lower() != dropped]
-        self._read: list[bytes] = []
-        self._ended = False
-        self._pieces = self._iterate()
-        self.when_closed: Callable[[], None] = lambda: None
-
-    def read_whole(self, most: int) -> bytes | None:
-        """The whole body if it is short JSON or an error; else None, and what was read is kept for later."""
-        if not self.is_json and self._reply.status < 400:
-            return None
-        size = 0
-        while size <= most:
-            piece = self._read1()
-            if not piece:
-                self._ended = True
-                return b"".join(self._read)
-            self._read.append(piece)
-            size += len(piece)
-        return None
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self._pieces
-
-    def close(self) -> None:
-        self._pieces.close()
-        self._reply.close()
-        when_closed, self.when_closed = self.when_closed, lambda: None
-        when_closed()
-
-    def _iterate(self) -> Generator[bytes]:
-        splicer = jsonbytes.Splicer() if self.is_json else None
-        give_up = monotonic() + SLOW_CALLER_S
-        while piece := (self._read.pop(0) if self._read else b"" if self._ended else self._read1()):
-            ready = splicer.feed(piece) if splicer else piece
-            if ready:
-                yield ready
-            if monotonic() > give_up:
-                raise BodyIncomplete("the answer was read too slowly: it can be fetched again")
-        if splicer:
-            yield splicer.end(self._member)
-
-
-class StatusEvents:
-    """fal's status stream on its way to the caller, line by line."""
-
-    def __init__(self, rt: Runtime, job: Job, reply: FalReply, base_url: str) -> None:
-        self._rt, self._job, self._reply, self._base_url = rt, job, reply, base_url
-        self._pieces = self._iterate()
-        self._outcome: Outcome | None = None
-        self.when_closed: Callable[[], None] = lambda: None
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self._pieces
-
-    def close(self) -> None:
-        """A caller who goes away ends the stream at fal too: a status costs nothing."""
-        self._pieces.close()
-        self._reply.close()
-        when_closed, self.when_closed = self.when_closed, lambda: None
-        when_closed()
-
-    def _iterate(self) -> Generator[bytes]:
-        rest, last = b"", b"\n"
-        yield b""  # the head leaves now: fal may have nothing to say about the job for long
-        while piece := self._reply.read1():
-            *lines, rest = (rest + piece).split(b"\n")
-            if len(rest) > EVENT_BYTES_MAX:
-                raise UpstreamBroken("a line of fal's status stream has no end")
-            if lines:
-                yield b"".join(self._line(line) + b"\n" for line in lines)
-        if rest:
-            last = self._line(rest)
-            yield last
-        outcome = self._outcome or settlement.known(self._rt, self._job)
-        member = wire.billing_member(self._job.call.model, outcome.charge_micros, outcome.balance_micros)
-        yield (b"" if last.endswith(b"\n") else b"\n") + wire.billing_comment(member)
-
-    def _line(self, line: bytes) -> bytes:
-        """One line as it may leave: a status with our URLs, and settled if it shows the end."""
-        name, colon, value = line.partition(b":")
-        if name != b"data" or not colon:
-            return line
-        if queuewire.status_of(value) == "COMPLETED":
-            self._outcome = settlement.settle(self._rt, self._job)
-        rewritten = _rewritten(self._rt, value, self._base_url, self._job.call.model, self._job.request_id)
-        return name + colon + rewritten

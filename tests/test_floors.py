@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
         """,
         """
         limits runtime admission replay
-        gateway queue_gateway upload_gateway
+        gateway queue_gateway queue_bodies upload_gateway
         settlement reconcile sweep sync fal_bill alerting
         webhook_intake webhook_delivery
         """,
