@@ -377,6 +377,20 @@ def test_old_payloads_are_forgotten_with_the_secrets_of_their_urls(desk: Desk, r
         desk.books.write(lambda tx: webhooks.resend(tx, job.call.call_id, now_ms=desk.clock.now_ms))
 
 
+def test_a_large_payload_is_forgotten_once_it_was_delivered(desk: Desk, receiver: Receiver) -> None:
+    """Pictures as data URIs would fill the disk; one that could not be delivered is kept for the operator."""
+    large = f"size_bytes={webhooks.DELIVERED_KEPT_BYTES + 1}"
+    for path, status, has_payload in (("/ok", 200, 0), ("/moved", 302, 1)):
+        receiver.statuses = [status]
+        _, (job,) = desk.wanting(receiver.url(path), weather=large)
+        desk.settle()
+        desk.deliveries.run_until_idle()
+        assert (desk.row(job).state, desk.row(job).has_payload) == (
+            "delivered" if status == 200 else "failed",
+            has_payload,
+        )
+
+
 def test_a_running_job_or_an_unknown_call_is_not_resent(desk: Desk, receiver: Receiver) -> None:
     _, (job,) = desk.wanting(receiver.url())
     with pytest.raises(Refused, match="not ended"):
