@@ -287,6 +287,15 @@ CREATE UNIQUE INDEX alerts_standing ON alerts (kind, subject) WHERE cleared_at I
 CREATE INDEX alerts_to_announce ON alerts (alert_id) WHERE announced_at IS NULL;
 CREATE INDEX alerts_to_deliver ON alerts (alert_id) WHERE delivered_at IS NULL AND tries < 5;
 
+-- What an open job asked for, where it is short: its answer may name no units, and a restart must not cost the answer.
+CREATE TABLE job_inputs (
+    call_id         INTEGER PRIMARY KEY REFERENCES calls,
+    document        BLOB    NOT NULL CHECK (length(document) <= 4096)  -- the request's body, as it was sent
+) STRICT;
+CREATE TRIGGER job_inputs_go_with_their_hold AFTER UPDATE OF state ON calls
+WHEN NEW.mode = 'queue' AND NEW.state IN ('settled', 'released')
+BEGIN DELETE FROM job_inputs WHERE call_id = NEW.call_id; END;
+
 -- What must never happen is refused by the database itself.
 CREATE TRIGGER entries_are_immutable BEFORE UPDATE ON entries
 BEGIN SELECT RAISE(ABORT, 'ledger entries are never changed'); END;

@@ -83,6 +83,7 @@ class Call:
     dialect: wire.Dialect
     started: float = field(default_factory=monotonic)
     webhook_url: str | None = None  # where the customer wants to be told of the job's end
+    asked: bytes | None = None  # a queued job's request, where it is short enough to be kept until the end
     is_ending: bool = False  # its hold is being ended, or has been: nobody else may try
 
 

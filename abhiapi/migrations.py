@@ -46,6 +46,7 @@ STEPS: tuple[Step, ...] = (
     _of_file("0004-fal-prices.sql"),
     _of_file("0005-billing-events.sql"),
     _of_file("0006-limits-reports-alerts.sql"),
+    _of_file("0007-job-inputs.sql"),
 )
 VERSION = 1 + len(STEPS)
 

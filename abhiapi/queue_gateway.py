@@ -40,7 +40,7 @@ from abhiapi.webhook_intake import want, wished
 log = logging.getLogger("abhiapi")
 
 SUBMIT_BYTES_MAX = 1024 * 1024  # of fal's answer to a submit
-ASKED_BYTES_MAX = 4 * 1024  # a request up to this size is kept in memory for an answer without units
+ASKED_BYTES_MAX = 4 * 1024  # a request up to this size is kept for an answer without units
 STREAM_MAX_S = 86_400  # how long a status stream may be silent, all in all: a job may wait in fal's queue for hours
 
 _SUBMITTING = frozenset(("POST", "GET", "PUT", "PATCH", "DELETE"))  # HEAD and OPTIONS would hold for nothing
@@ -104,12 +104,11 @@ def _submit(
     ceiling = pricing.ceiling(price, body.call_input)
     open_call = calls.OpenCall(call_id, caller.account_id, caller.key_id, model, ceiling.amount_micros)
     admission.hold(rt, caller, open_call, price, "queue", request.claim, basis=ceiling.basis)
-    call = Call(open_call, price, body.call_input, dialect, webhook_url=webhook_url)
+    asked = body.content if isinstance(body.content, bytes) and len(body.content) <= ASKED_BYTES_MAX else None
+    call = Call(open_call, price, body.call_input, dialect, webhook_url=webhook_url, asked=asked)
     try:
         reply = rt.fal_queue.send(request.method, path + ("?" + query if query else ""), headers, body.content)
         seen = settlement.read_whole(reply, SUBMIT_BYTES_MAX)
-        if isinstance(body.content, bytes) and len(body.content) <= ASKED_BYTES_MAX:
-            rt.polls.keep_asked(call_id, (price, body.call_input))
         return _submitted(rt, call, seen, request.base_url)
     except UpstreamError as error:
         # Where fal may have taken the job, its hold stands: nobody knows the id by which it could be settled.
@@ -151,6 +150,8 @@ def _remember(rt: Runtime, call: Call, request_id: str, http_status: int) -> Mic
 
     def remember(tx: Tx) -> Micros:
         jobs.remember(tx, call.open, request_id, http_status=http_status)
+        if call.asked is not None:
+            jobs.keep_input(tx, call.open.call_id, call.asked)
         if call.webhook_url is not None:
             want(tx, call.open, call.webhook_url, now_ms=now)
         return Micros(jobs.outcome(tx, call.open.call_id)[1])

@@ -35,6 +35,7 @@ HOLD_PATIENCE_S = 3  # how long a call may wait for the database before it is re
 SETTLE_PATIENCE_S = 60  # how long a finished call's charge may wait before its answer is withheld
 SETTLE_LATER_S = 7 * 86_400  # and how long it is tried after that
 HEALTH_PATIENCE_S = 1
+CLOSE_PATIENCE_S = 15  # a command that ends beside a busy server waits for its turn
 REST_TIMEOUT_S = 30  # longest wait for fal's upload service, which only signs an address
 CATALOGUE_LASTS_MS = 600_000
 QUEUE_TIMEOUT_S = 120  # longest wait for an answer of fal's queue, which runs nothing while one waits
@@ -64,7 +65,6 @@ class Runtime:
     outbound: Outbound
     fal_keys: FalKeys
     now_ms: NowMs = system_now_ms
-    is_command: bool = False  # run by hand beside a server, which knows more of its own jobs (`settlement`)
     polls: Polls = field(default_factory=Polls)
     webhooks_due: Event = field(default_factory=Event)  # set where a webhook may have become due
     call_ids: CallIds = field(default_factory=CallIds)
@@ -147,7 +147,7 @@ class Runtime:
 
     def close(self) -> None:
         """End cleanly: nothing of this process's is left for a sweep."""
-        self.write(lambda tx: processes.end(tx, self.process_id, now_ms=self.now_ms()), patience_s=5)
+        self.write(lambda tx: processes.end(tx, self.process_id, now_ms=self.now_ms()), patience_s=CLOSE_PATIENCE_S)
         self.writer.close()
         self.reader.close()
         self.lock.release()
@@ -163,7 +163,6 @@ def start(
     *,
     now_ms: NowMs = system_now_ms,
     rules: tuple[pricing.PriceRule, ...] | None = None,
-    is_command: bool = False,
 ) -> Runtime:
     """Open everything that serving needs. Raises `SettingsError`, `SchemaError`, `DatabaseUnavailable`."""
     if settings.fal_key is None:
@@ -196,7 +195,6 @@ def start(
         outbound=Outbound(partial(addresses.is_allowed, with_loopback=settings.webhook_allow_loopback)),
         fal_keys=FalKeys(Fal(settings.fal_rest_url, None, timeout_s=FETCH_S), now_ms),
         now_ms=now_ms,
-        is_command=is_command,
     )
     metrics.gauge("abhiapi_in_flight", "Calls running just now", runtime.limits.in_flight)
     metrics.gauge("abhiapi_alerts_standing", "Alerts that stand", lambda: len(runtime.standing))

@@ -13,13 +13,12 @@ from typing import Any
 
 import gevent
 
-from abhiapi import admission, calls, jobs, jsonbytes, metering, processes, queuewire, reports, wire
+from abhiapi import admission, calls, jobs, jsonbytes, metering, queuewire, wire
 from abhiapi.admission import Outcome
 from abhiapi.db import Tx
 from abhiapi.errors import (
     AbhiError,
     DatabaseUnavailable,
-    Refused,
     UpstreamBroken,
     UpstreamError,
     UpstreamRefused,
@@ -42,10 +41,6 @@ NOT_FOUND_AFTER_MS = 60_000  # a job that fal does not know is given this long t
 UNAVAILABLE_AFTER_MS = 86_400_000  # a result that cannot be had for this long is the operator's to look into
 RETRIES = FETCHES = 4
 _PLAIN: wire.Headers = [("accept", "application/json"), ("accept-encoding", "identity")]
-
-
-class LeftToServer(Refused):
-    """A command met a job that only the running server can settle: it knows what was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +179,6 @@ def _judged(rt: Runtime, job: Job, reply: FalReply) -> tuple[queuewire.Meaning, 
     try:
         unit_headers = reply.values(metering.UNITS_HEADER)
         if metering.needs_answer(reply.status, unit_headers):
-            if rt.is_command:
-                _leave_to_server(rt, job)
             answer = _read_answer(reply)
             price, call_input = _asked(rt, job)
             return "final", metering.verdict(price, reply.status, unit_headers, call_input, answer)
@@ -217,35 +210,31 @@ def _read_answer(reply: FalReply) -> Mapping[str, Any] | None:
         return None
 
 
-def _leave_to_server(rt: Runtime, job: Job) -> None:
-    """Raises `LeftToServer` where the process that took a job lives: it has in memory what the job asked for."""
-    process_id, pid, _deadline_at = rt.reader.read(lambda tx: reports.keeper(tx, job.call.call_id))
-    if not processes.reap(rt.database.path, process_id, pid):
-        raise LeftToServer(f"{call_text(job.call.call_id)} has no units: it is left to the server that took it")
-
-
 def _asked(rt: Runtime, job: Job) -> tuple[Price, Mapping[str, Any]]:
-    """The price at submission and what was asked for. The latter is not kept on disk, so after a restart an answer
-    without units cannot be computed: it becomes the operator's."""
-    asked = rt.polls.asked.get(job.call.call_id)
-    if asked is not None:
-        price, call_input = asked
-        return price, call_input
+    """The price at submission, and what was asked for. Where the latter was too long to be kept, an answer without
+    units may not be computable: then it becomes the operator's, or fal's bill tells."""
     recorded = rt.reader.read(lambda tx: jobs.recorded_price(tx, job.price_id))
-    return (
-        Price(
-            model=job.call.model,
-            unit=recorded.unit,
-            unit_price_usd=recorded.unit_price_usd,
-            fal_unit_price_usd=recorded.fal_unit_price_usd,
-            margin=None,
-            hold_micros=None,
-            source=recorded.source,
-            updated_at="",
-            estimate=Estimate("none"),
-        ),
-        {},
+    document = rt.reader.read(lambda tx: jobs.input_of(tx, job.call.call_id))
+    call_input = {} if document is None else jsonbytes.parse_object(document) or {}
+    price = Price(
+        model=job.call.model,
+        unit=recorded.unit,
+        unit_price_usd=recorded.unit_price_usd,
+        fal_unit_price_usd=recorded.fal_unit_price_usd,
+        margin=None,
+        hold_micros=None,
+        source=recorded.source,
+        updated_at="",
+        estimate=Estimate("none") if document is None else _formula(rt, job, recorded.unit),
     )
+    return price, call_input
+
+
+def _formula(rt: Runtime, job: Job, unit: str) -> Estimate:
+    """How the units of this model are computed; none where its price has another unit by now."""
+    catalogue = rt.catalogue()
+    price = catalogue.price_of(job.call.model) if job.call.model in catalogue else None
+    return price.estimate if price is not None and price.unit == unit else Estimate("none")
 
 
 def _gone(rt: Runtime, job: Job) -> Outcome | None:
@@ -276,7 +265,6 @@ def _end(rt: Runtime, job: Job, verdict: Verdict, *, http_status: int | None) ->
         log.error("the charge of %s was refused by the ledger: %s", call_text(job.call.call_id), error.message)
         verdict = Verdict("unknown", units=verdict.units, reason="charge_refused")
         was_first, outcome = rt.write(lambda tx: finish(tx, verdict), patience_s=SETTLE_PATIENCE_S)
-    rt.polls.asked.pop(job.call.call_id, None)
     if was_first:
         rt.webhooks_due.set()
         admission.count(rt, job.call, verdict, outcome)

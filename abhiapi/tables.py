@@ -76,6 +76,7 @@ idempotency_keys = _table(
     "idempotency_keys",
     "account_id:int! digest:blob! request_digest:blob call_id:int status:int? headers:text? body:blob? created_at:int",
 )
+job_inputs = _table("job_inputs", "call_id:int! document:blob")
 webhooks = _table(
     "webhooks",
     "call_id:int! account_id:int url:text state:text attempts:int next_attempt_at:int? last_status:int?"

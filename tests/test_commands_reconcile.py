@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ def run(server: Server, *arguments: str, **settings: str) -> Done:
     return finish(CommandLine(server.folder).start("reconcile", *arguments, **env | settings))
 
 
-def told(done: Done) -> dict[str, Any]:
-    assert done.exit_code == 0, done.stderr
+def told(done: Done, *, is_bill_read: bool = True) -> dict[str, Any]:
+    assert done.exit_code == (0 if is_bill_read else 1), done.stderr
     shape: dict[str, Any] = json.loads(done.stdout)
     assert list(shape) == FIELDS + FIELDS_OF_BILL
     return {name: value for name, value in shape.items() if value and name in FIELDS and name != "drift"}
@@ -91,23 +92,29 @@ def test_several_at_once_beside_the_servers_own_timer_end_each_job_once(fal: Fal
         assert server.books.verify().problems == []
 
 
-def test_what_only_the_living_server_knows_is_left_to_it(server: Server, fal: Fal) -> None:
-    """An answer without units is computed from what was asked for, which stays in the server's memory."""
+def test_what_a_job_asked_for_outlives_the_server_that_took_it(server: Server, fal: Fal) -> None:
+    """An answer without units is computed from it, whoever looks: it is on disk until the hold ends, and no longer."""
     account, key = server.books.account(5000)
     customer = Jobs(server, key)
     request_id = customer.job(weather="units=none")
     until(lambda: completed(fal, [request_id]), what="fal is done")
-    done = run(server, "--json")
-    assert told(done) == {"open": 1}
-    assert "1 jobs told no units" in done.stderr
-    customer.completed(request_id)
+    server.process.kill()
+    assert kept_inputs(server) == 1
+    assert told(run(server, "--json", FAL_ADMIN_KEY="api-only:x"), is_bill_read=False) == {"settled": 1}
     assert server.books.standing(account) == (5_000_000 - FLUX_MICROS, 0)
+    assert server.books.calls(account)[0].usage_source == "catalogue"
+    assert kept_inputs(server) == 0
+
+
+def kept_inputs(server: Server) -> int:
+    with closing(server.books.database.connect()) as connection:
+        return int(connection.execute("SELECT count(*) FROM job_inputs").fetchone()[0])
 
 
 def test_without_a_server_fals_bill_tells_or_it_is_the_operators(server: Server, fal: Fal) -> None:
-    """What the killed server knew of the job is gone; fal's bill knows the units, where one may read it."""
+    """What was asked for was too long to be kept; fal's bill knows the units, where one may read it."""
     account, key = server.books.account(5000)
-    request_id = Jobs(server, key).job(weather="units=none")
+    request_id = Jobs(server, key).job(weather="units=none", body={"prompt": "long " * 1000})
     until(lambda: completed(fal, [request_id]), what="fal is done")
     server.process.kill()
     refused = run(server, "--json", FAL_ADMIN_KEY="api-only:x")

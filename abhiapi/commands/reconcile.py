@@ -81,7 +81,7 @@ def _settle_jobs(settings: Settings) -> Round:
 
     brief = _FirstOfItsKind()
     # The sockets to fal are gevent's own (`http_adapter`), so nothing has to be patched for them to wait side by side.
-    rt = runtime.start(settings, is_command=True)
+    rt = runtime.start(settings)
     done = reconciler.Round()
     watcher = gevent.spawn(_watch, done)
     log.addFilter(brief)
@@ -131,7 +131,7 @@ def _shape(done: Round, compared: Compared | None, unknown: int) -> dict[str, An
         "adjusted": compared.adjusted if compared else 0,
         "drift": None if compared is None else [_drift(one) for one in compared.listed],
         "unknown": unknown,
-        "open": done.looked_at - done.ended + done.left,
+        "open": done.looked_at - done.ended,
         "failed": done.failed,
         "events": compared.events if compared else None,
         "pending": compared.pending if compared else None,
@@ -156,8 +156,6 @@ def _drift(one: Drift) -> dict[str, Any]:
 
 def _tell(done: Round, compared: Compared | None, trouble: str | None) -> None:
     """What the numbers do not say. Raises `Refused` where something could not be done."""
-    if done.left:
-        say(f"{done.left} jobs told no units: the server that took them knows what they asked for, and settles them")
     if compared:
         for why in compared.unreadable:
             say(f"a row of fal's bill was left out: {why}")
@@ -179,7 +177,7 @@ def _watch(done: Round) -> None:
 
     gevent.sleep(1)
     while True:
-        looked = done.looked_at + done.left + done.failed
+        looked = done.looked_at + done.failed
         say(f"{looked} jobs looked at, {done.ended} of them ended, {done.failed} failed")
         gevent.sleep(5)
 
