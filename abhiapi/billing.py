@@ -43,6 +43,7 @@ _COLUMNS = (
 _CALLS = select(*_COLUMNS).join_from(tables.calls, tables.price_versions, _c.price_id == _p.price_id)
 _BY_REQUEST = _CALLS.where(_c.fal_request_id == bindparam("request_id")).order_by(_c.call_id).limit(1)
 _BETWEEN = _CALLS.where(_c.call_id >= bindparam("first"), _c.call_id < bindparam("end")).order_by(_c.call_id)
+_ANY_BETWEEN = _BETWEEN.limit(1)
 _FITTING = _BETWEEN.where(
     _p.model == bindparam("of_model"),
     _c.fal_request_id.is_(None),
@@ -175,6 +176,11 @@ def unexplained(tx: Tx, *, after: str, most: int) -> list[Event]:
 def created_between(tx: Tx, since_ms: int, until_ms: int) -> Iterator[BilledCall]:
     """The calls admitted in a span of time, oldest first, in bounded memory."""
     return map(_billed_call, tx.each(_BETWEEN, first=_first_id(since_ms), end=_first_id(until_ms)))
+
+
+def has_calls_between(tx: Tx, since_ms: int, until_ms: int) -> bool:
+    """Whether any call was admitted in a span of time."""
+    return tx.one(_ANY_BETWEEN, first=_first_id(since_ms), end=_first_id(until_ms)) is not None
 
 
 def reached_at(tx: Tx, name: str) -> int | None:
