@@ -66,6 +66,7 @@ class Compared:
     adjusted: int = 0
     costed: int = 0
     pending: int = 0
+    left_out: int = 0  # rows that could not be read
     unreadable: list[str] = field(default_factory=list)  # why, of the first few
     losses: int = 0
     loss_nano_usd: int = 0
@@ -167,6 +168,7 @@ def _read(done: Compared, rows: Iterable[Mapping[str, Any]]) -> Iterable[Event]:
         try:
             yield parse_event(row)
         except ValueError as error:
+            done.left_out += 1
             if len(done.unreadable) < UNREADABLE_MAX:
                 done.unreadable.append(str(error))
 

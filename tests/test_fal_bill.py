@@ -480,7 +480,7 @@ def test_a_row_that_cannot_be_read_changes_nothing_and_is_named(books: Books, wh
         books.database, lambda *_: [good | BAD_ROWS[what]], since_ms=books.started, until_ms=now + 1, now_ms=now
     )
     assert books.customer.standing() == before
-    assert (len(done.unreadable), done.adjusted) == (1, 0)
+    assert (done.left_out, len(done.unreadable), done.adjusted) == (1, 1, 0)
     assert "event" in done.unreadable[0]
 
 
