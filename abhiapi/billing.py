@@ -33,7 +33,7 @@ _p = tables.price_versions.c
 _u = tables.unexplained_events.c
 _b = tables.bookmarks.c
 
-Effect = Literal["seen", "costed", "adjusted", "settled", "running", "unexplained"]
+Effect = Literal["seen", "costed", "adjusted", "settled", "unsettled", "running", "unexplained"]
 
 _COLUMNS = (
     _c.call_id, _c.account_id, _c.key_id, _p.model, _c.held_micros, _c.state, _c.usage_source, _c.charged_micros,
@@ -132,7 +132,9 @@ def apply(tx: Tx, event: Event, *, now_ms: int) -> Effect:
     if found is None:
         return _keep(tx, event, now_ms)
     effect = _explain(tx, found, event, now_ms)
-    if effect != "running":
+    if effect == "unsettled":
+        _keep(tx, event, now_ms)  # until the operator has ended the hold: then it tells fal's cost
+    elif effect != "running":
         tx.run(_FORGET, of_request=event.request_id)
     return effect
 
@@ -154,8 +156,10 @@ def attribute(tx: Tx, event: Event, *, now_ms: int) -> Effect:
         found = fitting[0]
     if found is None:
         return "unexplained"
-    tx.run(_FORGET, of_request=event.request_id)
-    return _explain(tx, found, event, now_ms)
+    effect = _explain(tx, found, event, now_ms)
+    if effect != "unsettled":
+        tx.run(_FORGET, of_request=event.request_id)
+    return effect
 
 
 def _is_only_event(tx: Tx, found: BilledCall) -> bool:
@@ -217,7 +221,7 @@ def _settle(tx: Tx, found: BilledCall, event: Event, now_ms: int) -> Effect:
     """A call whose cost nobody knew: fal's units tell, unless they are of another model or absurd."""
     amount = _charge(found, event)
     if amount is None or found.call.model != event.model:
-        return "seen"
+        return "unsettled"
     units = decimal_text(event.units)
     verdict = Verdict("settled", amount, units, None, event.cost_nano_usd, "settled_by_event")
     calls.finish(tx, found.call, verdict, now_ms=now_ms, fal_request_id=event.request_id, usage_source="events")

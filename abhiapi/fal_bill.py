@@ -36,7 +36,9 @@ UNREADABLE_MAX = 20
 RECENT_MAX = 10_000  # events of this run that are remembered, to tell a second bill from a correction of the first
 COST_MAX_NANO_USD = 10**15  # no single request costs a million dollars
 
-DriftKind = Literal["not_billed_by_fal", "unexplained_event", "units_differ", "other_model", "billed_twice"]
+DriftKind = Literal[
+    "not_billed_by_fal", "unexplained_event", "units_differ", "other_model", "billed_twice", "not_settled"
+]
 Rows = Callable[[int, int], Iterable[Mapping[str, Any]]]  # fal's rows from and to (exclusive) a time, milliseconds
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,100}")
@@ -185,8 +187,7 @@ def _is_second(done: Compared, event: Event) -> bool:
         del done.recent[next(iter(done.recent))]
     if (first.units, first.cost_nano_usd) == (event.units, event.cost_nano_usd):
         return False
-    units = decimal_text(event.units)
-    done.add(Drift("billed_twice", None, event.request_id, event.model, None, None, units, event.cost_nano_usd))
+    done.add(_drift_of_event(event, "billed_twice"))
     return True
 
 
@@ -219,13 +220,8 @@ def _explain_the_rest(done: Compared, database: Database, now_ms: int) -> None:
         for event in page:
             effect = database.write(partial(_explained, event=event, now_ms=now_ms))
             _count(done, Counter((effect,)))
-            if effect == "unexplained":
-                units = decimal_text(event.units)
-                done.add(
-                    Drift(
-                        "unexplained_event", None, event.request_id, event.model, None, None, units, event.cost_nano_usd
-                    )
-                )
+            if effect in ("unexplained", "unsettled"):
+                done.add(_drift_of_event(event, "unexplained_event" if effect == "unexplained" else "not_settled"))
         after = page[-1].request_id
 
 
@@ -275,6 +271,11 @@ def _drift_of(found: BilledCall, kind: DriftKind) -> Drift:
     )
 
 
+def _drift_of_event(event: Event, kind: DriftKind) -> Drift:
+    units = decimal_text(event.units)
+    return Drift(kind, None, event.request_id, event.model, None, None, units, event.cost_nano_usd)
+
+
 def describe(one: Drift) -> str:
     """A drift in a sentence."""
     call = "" if one.call_id is None else call_text(one.call_id)
@@ -284,4 +285,5 @@ def describe(one: Drift) -> str:
         "units_differ": f"{call} was charged for {one.units} units, fal billed {one.billed_units}",
         "other_model": f"{call} was billed by fal as another model: its computed charge was left as it is",
         "billed_twice": f"fal billed {one.fal_request_id} twice with other figures: the first stands",
+        "not_settled": f"fal's bill of {one.fal_request_id} is absurd or of another model: the hold stands",
     }[one.kind]

@@ -212,9 +212,15 @@ def test_an_absurd_event_settles_nothing(books: Books, units: str, model: str) -
     before = books.customer.standing()
     cost = 1
     books.events.append(Event("r1", model, Decimal(units), cost, books.clock.now_ms))
-    assert books.compare().settled == 0
+    for _ in range(2):
+        done = books.compare()
+        assert (done.settled, done.drift) == (0, {"not_settled": 1})
     assert books.customer.standing() == before
     assert books.row(call).state == "unknown"
+    verdict = Verdict("settled", FLUX_MICROS, "1", None, None)
+    books.database.write(lambda tx: calls.finish(tx, call, verdict, now_ms=books.clock.now_ms, usage_source="operator"))
+    books.events.clear()  # days later: fal's bill is not read again, and its cost is known all the same
+    assert (books.compare().drift, books.fal_cost) == ({}, cost)
 
 
 def test_what_was_given_back_and_billed_all_the_same_is_a_loss(books: Books) -> None:

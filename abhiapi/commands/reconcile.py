@@ -44,8 +44,8 @@ def reconcile(since: str | None, as_json: bool) -> None:
     drift. A second run changes nothing, and a run that was killed is resumed. Safe beside the server.
 
     The kinds of drift: not_billed_by_fal (charged here, and fal has no bill of it), unexplained_event (fal's bill of
-    something that no call of ours explains), units_differ, other_model, billed_twice. Pending calls ended too lately
-    for fal's bill; losses are calls that fal billed and, by the terms of service, nobody here pays.
+    something that no call of ours explains), units_differ, other_model, billed_twice, not_settled. Pending calls ended
+    too lately for fal's bill; losses are calls that fal billed and, by the terms of service, nobody here pays.
 
     Needs FAL_KEY, and for fal's bill an ADMIN key: FAL_ADMIN_KEY, or FAL_KEY if it is one. Exits with 1 when jobs
     could not be looked at or fal's bill could not be read, wholly or in part.
