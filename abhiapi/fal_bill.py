@@ -85,7 +85,10 @@ class Compared:
 def span(reached_at: int | None, since_ms: int | None, now_ms: int) -> tuple[int, int]:
     """From when to when to compare: since a given time, else since the last time and a little before."""
     if since_ms is None:
-        since_ms = now_ms - REACH_MS if reached_at is None else reached_at - OVERLAP_MS
+        if reached_at is None or reached_at > now_ms + billing.SKEW_MS:  # the latter by a clock that was wrong
+            since_ms = now_ms - REACH_MS
+        else:
+            since_ms = reached_at - OVERLAP_MS
     return max(since_ms, now_ms - REACH_MS), now_ms + billing.SKEW_MS
 
 

@@ -373,6 +373,13 @@ def test_a_look_at_the_last_days_only_leaves_no_day_out_for_ever(books: Books) -
     assert books.compare_since(None).adjusted == 0
 
 
+def test_a_mark_in_the_future_hides_nothing(books: Books) -> None:
+    """A clock that was a year ahead for one run: the next one looks at everything, not at nothing for a year."""
+    now = books.clock.now_ms
+    assert fal_bill.span(now + 365 * DAY_MS, None, now) == fal_bill.span(None, None, now)
+    assert fal_bill.span(now + billing.SKEW_MS, None, now)[0] > now - 3 * DAY_MS
+
+
 def test_what_a_run_that_broke_off_did_not_list_the_next_one_does(books: Books) -> None:
     """Drift of its first days, from which the next run's events begin days later (row 79)."""
     books.call(settled(), "r0")  # which fal never bills
