@@ -256,7 +256,7 @@ def _watch_price(rt: Runtime, model: str, verdict: Verdict) -> None:
             f"a call on {model} cost {nanos_usd_text(cost_nanos)} USD at fal and brought in "
             f"{usd_text(verdict.charge_micros)} USD",
         )
-    else:
+    elif cost_nanos:  # a call that cost nothing says nothing of the price
         rt.all_clear("below_cost", model)
 
 

@@ -33,7 +33,7 @@ _p = tables.price_versions.c
 _u = tables.unexplained_events.c
 _b = tables.bookmarks.c
 
-Effect = Literal["seen", "costed", "adjusted", "settled", "running", "unexplained"]
+Effect = Literal["seen", "costed", "adjusted", "settled", "unsettled", "running", "unexplained"]
 
 _COLUMNS = (
     _c.call_id, _c.account_id, _c.key_id, _p.model, _c.held_micros, _c.state, _c.usage_source, _c.charged_micros,
@@ -43,6 +43,7 @@ _COLUMNS = (
 _CALLS = select(*_COLUMNS).join_from(tables.calls, tables.price_versions, _c.price_id == _p.price_id)
 _BY_REQUEST = _CALLS.where(_c.fal_request_id == bindparam("request_id")).order_by(_c.call_id).limit(1)
 _BETWEEN = _CALLS.where(_c.call_id >= bindparam("first"), _c.call_id < bindparam("end")).order_by(_c.call_id)
+_ANY_BETWEEN = _BETWEEN.limit(1)
 _FITTING = _BETWEEN.where(
     _p.model == bindparam("of_model"),
     _c.fal_request_id.is_(None),
@@ -131,7 +132,9 @@ def apply(tx: Tx, event: Event, *, now_ms: int) -> Effect:
     if found is None:
         return _keep(tx, event, now_ms)
     effect = _explain(tx, found, event, now_ms)
-    if effect != "running":
+    if effect == "unsettled":
+        _keep(tx, event, now_ms)  # until the operator has ended the hold: then it tells fal's cost
+    elif effect != "running":
         tx.run(_FORGET, of_request=event.request_id)
     return effect
 
@@ -153,8 +156,10 @@ def attribute(tx: Tx, event: Event, *, now_ms: int) -> Effect:
         found = fitting[0]
     if found is None:
         return "unexplained"
-    tx.run(_FORGET, of_request=event.request_id)
-    return _explain(tx, found, event, now_ms)
+    effect = _explain(tx, found, event, now_ms)
+    if effect != "unsettled":
+        tx.run(_FORGET, of_request=event.request_id)
+    return effect
 
 
 def _is_only_event(tx: Tx, found: BilledCall) -> bool:
@@ -175,6 +180,11 @@ def unexplained(tx: Tx, *, after: str, most: int) -> list[Event]:
 def created_between(tx: Tx, since_ms: int, until_ms: int) -> Iterator[BilledCall]:
     """The calls admitted in a span of time, oldest first, in bounded memory."""
     return map(_billed_call, tx.each(_BETWEEN, first=_first_id(since_ms), end=_first_id(until_ms)))
+
+
+def has_calls_between(tx: Tx, since_ms: int, until_ms: int) -> bool:
+    """Whether any call was admitted in a span of time."""
+    return tx.one(_ANY_BETWEEN, first=_first_id(since_ms), end=_first_id(until_ms)) is not None
 
 
 def reached_at(tx: Tx, name: str) -> int | None:
@@ -211,7 +221,7 @@ def _settle(tx: Tx, found: BilledCall, event: Event, now_ms: int) -> Effect:
     """A call whose cost nobody knew: fal's units tell, unless they are of another model or absurd."""
     amount = _charge(found, event)
     if amount is None or found.call.model != event.model:
-        return "seen"
+        return "unsettled"
     units = decimal_text(event.units)
     verdict = Verdict("settled", amount, units, None, event.cost_nano_usd, "settled_by_event")
     calls.finish(tx, found.call, verdict, now_ms=now_ms, fal_request_id=event.request_id, usage_source="events")

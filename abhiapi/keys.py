@@ -255,7 +255,11 @@ def rotate(tx: Tx, key: Key, *, grace_ms: int, now_ms: int) -> tuple[str, Key]:
 
 
 def set_models(tx: Tx, key: Key, patterns: Sequence[str]) -> Key:
-    """Let a key call only the models that match one of these; none of them: any. Raises `BadRequest`."""
+    """Let a key call only the models that match one of these; none of them: any. Raises `BadRequest`.
+
+    A model may be pasted as an address has it: a slash at its ends or ``/stream`` would match no call.
+    """
+    patterns = [pattern.strip("/").removesuffix("/stream") for pattern in patterns]
     for pattern in patterns:
         if not _PATTERN.fullmatch(pattern):
             raise BadRequest(f"{pattern[:60]!r} is no model or pattern such as fal-ai/flux/dev or fal-ai/flux/*")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import socket
 import threading
@@ -13,7 +14,9 @@ from typing import Any
 import pytest
 import requests
 
-from abhiapi import calls, jobs
+from abhiapi import calls, fal_bill, jobs
+from abhiapi import reconcile as reconciler
+from abhiapi.errors import Refused
 from abhiapi.migrations import migrate
 from abhiapi.money import Micros
 from tests.command_line import CommandLine, Done, finish
@@ -23,9 +26,10 @@ from tests.rows import FLUX_MICROS, Customer
 from tests.test_queue import Jobs, at_once
 
 SIDE_BY_SIDE = 20
+COMMAND: Any = importlib.import_module("abhiapi.commands.reconcile")
 FIELDS = ["settled", "released", "adjusted", "drift", "unknown", "open", "failed"]
 DRIFT_FIELDS = {"kind", "call_id", "fal_request_id", "model", "credits", "units", "fal_units", "fal_cost_usd"}
-FIELDS_OF_BILL = ["events", "pending", "losses", "loss_usd"]
+FIELDS_OF_BILL = ["events", "unreadable", "pending", "losses", "loss_usd"]
 
 
 @pytest.fixture
@@ -170,6 +174,14 @@ def test_a_bad_answer_of_fals_changes_nothing_and_is_said(server: Server, fal: F
     assert "fal's bill could not be read" in done.stderr.splitlines()[-1]
     assert OPERATOR_KEY not in done.stderr + done.stdout
     assert server.books.standing(account) == before
+
+
+def test_rows_of_fals_bill_that_make_no_sense_are_no_success() -> None:
+    """They may be calls that nobody has paid: the exit status says so, not a line on stderr alone (row 79)."""
+    compared = fal_bill.Compared(events=3, left_out=25, unreadable=["an event has no request_id"])
+    assert COMMAND._shape(reconciler.Round(), compared, 0)["unreadable"] == 25
+    with pytest.raises(Refused, match="25 rows of fal's bill could not be read"):
+        COMMAND._tell(reconciler.Round(), compared, None)
 
 
 def test_a_bad_day_is_named(server: Server) -> None:

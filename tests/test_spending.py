@@ -305,6 +305,13 @@ def test_patterns_mean_what_they_say(customer: Customer, pattern: str, model: st
             keys.check_model(caller, model)
 
 
+def test_a_key_may_call_the_model_whose_path_the_operator_pasted(customer: Customer) -> None:
+    """As it stands in an address: with a slash at its ends, or its /stream, which is the same model."""
+    for pasted in ("/fal-ai/flux/dev", "fal-ai/flux/dev/", "fal-ai/flux/dev/stream", "/fal-ai/flux/dev/stream/"):
+        made = customer.write(lambda tx, text=pasted: keys.set_models(tx, keys.by_id(tx, customer.key_id), [text]))
+        assert made.models == "fal-ai/flux/dev"
+
+
 @pytest.mark.parametrize("pattern", ["", "a b", "a\nb", "x" * 201, "fal-ai/[ab]", "é"])
 def test_what_is_no_pattern_is_refused(customer: Customer, pattern: str) -> None:
     with pytest.raises(BadRequest):

@@ -44,11 +44,11 @@ def reconcile(since: str | None, as_json: bool) -> None:
     drift. A second run changes nothing, and a run that was killed is resumed. Safe beside the server.
 
     The kinds of drift: not_billed_by_fal (charged here, and fal has no bill of it), unexplained_event (fal's bill of
-    something that no call of ours explains), units_differ, other_model. Pending calls ended too lately for fal's
-    bill; losses are calls that fal billed and, by the terms of service, nobody here pays.
+    something that no call of ours explains), units_differ, other_model, billed_twice, not_settled. Pending calls ended
+    too lately for fal's bill; losses are calls that fal billed and, by the terms of service, nobody here pays.
 
     Needs FAL_KEY, and for fal's bill an ADMIN key: FAL_ADMIN_KEY, or FAL_KEY if it is one. Exits with 1 when jobs
-    could not be looked at or fal's bill could not be read.
+    could not be looked at or fal's bill could not be read, wholly or in part.
 
     \b
     Examples:
@@ -134,6 +134,7 @@ def _shape(done: Round, compared: Compared | None, unknown: int) -> dict[str, An
         "open": done.looked_at - done.ended,
         "failed": done.failed,
         "events": compared.events if compared else None,
+        "unreadable": compared.left_out if compared else None,
         "pending": compared.pending if compared else None,
         "losses": compared.losses if compared else None,
         "loss_usd": None if compared is None else Decimal(library.money.nanos_usd_text(compared.loss_nano_usd)),
@@ -165,6 +166,8 @@ def _tell(done: Round, compared: Compared | None, trouble: str | None) -> None:
     problems = []
     if done.failed:
         problems.append(f"{done.failed} jobs could not be looked at: fal or the database was in trouble, run it again")
+    if compared and compared.left_out:
+        problems.append(f"{compared.left_out} rows of fal's bill could not be read and were left out")
     if trouble:
         problems.append(f"fal's bill could not be read: {trouble}. It takes an ADMIN key of fal's: set FAL_ADMIN_KEY")
     if problems:
