@@ -17,7 +17,9 @@ CREATE TABLE accounts (
     -- The head of the account's hash chain: seq 0 and an empty hash before the first entry.
     last_seq        INTEGER NOT NULL DEFAULT 0 CHECK (last_seq >= 0),
     last_hash       BLOB    NOT NULL DEFAULT x'',
-    created_at      INTEGER NOT NULL
+    created_at      INTEGER NOT NULL,
+    -- The operator hears of it when the balance falls below this. NULL: never.
+    alert_below_micros INTEGER
 ) STRICT;
 
 CREATE TABLE keys (
@@ -30,9 +32,29 @@ CREATE TABLE keys (
     created_at      INTEGER NOT NULL,
     expires_at      INTEGER,                                              -- NULL: never
     last_used_at    INTEGER,                                              -- NULL: never used; kept to the minute
-    replaces_key_id INTEGER REFERENCES keys                               -- NULL: not made by a rotation
+    replaces_key_id INTEGER REFERENCES keys,                              -- NULL: not made by a rotation
+    limit_id        INTEGER REFERENCES key_limits,                        -- NULL: spends what the account has
+    models          TEXT                              -- the models it may call, patterns with a space between; NULL: any
 ) STRICT;
 CREATE INDEX keys_by_account ON keys (account_id);
+CREATE INDEX keys_by_limit ON keys (limit_id) WHERE limit_id IS NOT NULL;
+
+-- The most that a key may spend in a day and a month (UTC). A key and those it is rotated into share one.
+CREATE TABLE key_limits (
+    limit_id           INTEGER PRIMARY KEY,
+    day_limit_micros   INTEGER CHECK (day_limit_micros >= 0),             -- NULL: no limit
+    month_limit_micros INTEGER CHECK (month_limit_micros >= 0),           -- NULL: no limit
+    created_at         INTEGER NOT NULL
+) STRICT;
+
+-- What the calls admitted in a day ('2026-11-22') and a month ('2026-11') hold and were charged, less refunds:
+-- moved in the transactions that move the holds, and provable from calls (ledger verify).
+CREATE TABLE key_spending (
+    limit_id        INTEGER NOT NULL REFERENCES key_limits,
+    period          TEXT    NOT NULL CHECK (length(period) IN (7, 10)),
+    spent_micros    INTEGER NOT NULL CHECK (spent_micros >= 0),
+    PRIMARY KEY (limit_id, period)
+) STRICT, WITHOUT ROWID;
 
 -- Every price that any call was ever admitted under, so that each charge can be explained for ever.
 CREATE TABLE price_versions (
@@ -151,6 +173,7 @@ CREATE TABLE unexplained_events (
     happened_at     INTEGER NOT NULL,                 -- by fal's clock
     seen_at         INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX unexplained_events_by_model ON unexplained_events (model, happened_at);
 
 -- How far something that goes through time has come.
 CREATE TABLE bookmarks (
@@ -229,6 +252,50 @@ CREATE INDEX webhooks_by_account ON webhooks (account_id);
 CREATE INDEX webhooks_waiting ON webhooks (next_attempt_at) WHERE state = 'waiting' AND next_attempt_at IS NOT NULL;
 CREATE INDEX webhooks_due ON webhooks (account_id, next_attempt_at) WHERE state = 'due';
 CREATE INDEX webhooks_kept ON webhooks (ended_at) WHERE payload IS NOT NULL AND ended_at IS NOT NULL;
+-- usage_daily added up once more, for reports over all accounts and long times. Moved with it.
+CREATE TABLE usage_monthly (
+    month             TEXT    NOT NULL,               -- '2026-11', UTC
+    account_id        INTEGER NOT NULL REFERENCES accounts,
+    key_id            INTEGER NOT NULL REFERENCES keys,
+    calls             INTEGER NOT NULL CHECK (calls >= 0),
+    charged_micros    INTEGER NOT NULL CHECK (charged_micros >= 0),
+    fal_cost_nano_usd INTEGER NOT NULL CHECK (fal_cost_nano_usd >= 0),
+    PRIMARY KEY (month, account_id, key_id)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE usage_totals (
+    day               INTEGER NOT NULL,
+    model             TEXT    NOT NULL,
+    calls             INTEGER NOT NULL CHECK (calls >= 0),
+    charged_micros    INTEGER NOT NULL CHECK (charged_micros >= 0),
+    fal_cost_nano_usd INTEGER NOT NULL CHECK (fal_cost_nano_usd >= 0),
+    PRIMARY KEY (day, model)
+) STRICT, WITHOUT ROWID;
+
+-- What the operator was told of, or is about to be: one row for each time that something began to be wrong.
+CREATE TABLE alerts (
+    alert_id      INTEGER PRIMARY KEY,
+    kind          TEXT    NOT NULL,                   -- low_balance, fal_account, ... (alerts.KINDS)
+    subject       TEXT    NOT NULL,                   -- what is wrong: an account's name, a model
+    message       TEXT    NOT NULL,
+    raised_at     INTEGER NOT NULL,
+    cleared_at    INTEGER,                            -- NULL: still so
+    announced_at  INTEGER,                            -- in the log and the metrics; NULL: not yet
+    delivered_at  INTEGER,                            -- to the webhook; NULL: not (yet)
+    tries         INTEGER NOT NULL DEFAULT 0          -- of the webhook
+) STRICT;
+-- Standing alerts: one of a kind and subject, so that a crossing is told once, whatever restarts.
+CREATE UNIQUE INDEX alerts_standing ON alerts (kind, subject) WHERE cleared_at IS NULL;
+CREATE INDEX alerts_to_announce ON alerts (alert_id) WHERE announced_at IS NULL;
+CREATE INDEX alerts_to_deliver ON alerts (alert_id) WHERE delivered_at IS NULL AND tries < 5;
+
+-- What an open job asked for, where it is short: its answer may name no units, and a restart must not cost the answer.
+CREATE TABLE job_inputs (
+    call_id         INTEGER PRIMARY KEY REFERENCES calls,
+    document        BLOB    NOT NULL CHECK (length(document) <= 4096)  -- the request's body, as it was sent
+) STRICT;
+CREATE TRIGGER job_inputs_go_with_their_hold AFTER UPDATE OF state ON calls
+WHEN NEW.mode = 'queue' AND NEW.state IN ('settled', 'released')
+BEGIN DELETE FROM job_inputs WHERE call_id = NEW.call_id; END;
 
 -- People who sign in to the dashboard. They never call with what is in here: that takes a key.
 CREATE TABLE users (

@@ -27,7 +27,7 @@ from abhiapi.errors import (
 )
 from abhiapi.ids import call_text
 from abhiapi.metering import Verdict
-from abhiapi.money import Micros, credits_text
+from abhiapi.money import NANOS_PER_MICRO, Micros, credits_text, nanos_usd_text, usd_text
 from abhiapi.runtime import SETTLE_PATIENCE_S, Runtime
 
 log = logging.getLogger("abhiapi")
@@ -93,6 +93,7 @@ class Call:
     dialect: wire.Dialect
     started: float = field(default_factory=monotonic)
     webhook_url: str | None = None  # where the customer wants to be told of the job's end
+    asked: bytes | None = None  # a queued job's request, where it is short enough to be kept until the end
     is_ending: bool = False  # its hold is being ended, or has been: nobody else may try
 
 
@@ -162,11 +163,13 @@ def hold(
     *,
     basis: str,
 ) -> int:
-    """Set the credit aside and write the call, durably. Raises InsufficientCredits, DatabaseUnavailable (503).
+    """Set the credit aside and write the call, durably.
 
-    Gives the number of the price as recorded. With a claim, the call's key is written in the same transaction, or
-    nothing is (`idempotency.KeyTaken`). ``basis``: how the hold came about, for a caller who cannot pay it.
+    Raises ModelNotAllowed, InsufficientCredits, KeyLimitReached, DatabaseUnavailable (503). Gives the number of the
+    price as recorded. With a claim, the call's key is written in the same transaction, or nothing is
+    (`idempotency.KeyTaken`). ``basis``: how the hold came about, for a caller who cannot pay it.
     """
+    keys.check_model(caller, call.model)
     now = rt.now_ms()
     identity = price.identity()
     known_price_id = rt.price_ids.get(identity)
@@ -246,9 +249,32 @@ def count(rt: Runtime, call: calls.OpenCall, verdict: Verdict, outcome: Outcome)
     """An ended hold, in the metrics; and in the log where it was too small."""
     rt.metrics.ended[verdict.end].inc()
     rt.metrics.credits.inc(outcome.charge_micros)
+    if verdict.end == "settled":
+        rt.all_clear("fal_account", "fal")
+        _watch_price(rt, call.model, verdict)
     if outcome.charge_micros > call.held_micros:
         rt.metrics.over_hold.inc()
         log.warning("%s (%s) cost more than its hold", call_text(call.call_id), call.model)
+
+
+def _watch_price(rt: Runtime, model: str, verdict: Verdict) -> None:
+    """Tell the operator when a model begins to cost more at fal than it brings in."""
+    cost_nanos = verdict.fal_cost_nano_usd or 0
+    if cost_nanos > verdict.charge_micros * NANOS_PER_MICRO:
+        rt.alert(
+            "below_cost",
+            model,
+            f"a call on {model} cost {nanos_usd_text(cost_nanos)} USD at fal and brought in "
+            f"{usd_text(verdict.charge_micros)} USD",
+        )
+    elif cost_nanos:  # a call that cost nothing says nothing of the price
+        rt.all_clear("below_cost", model)
+
+
+def fal_refused(rt: Runtime, http_status: int) -> None:
+    """fal does not take the operator's credential or account: the operator hears of it once, until it does again."""
+    log.error("fal refused the operator's credential or account with status %d", http_status)
+    rt.alert("fal_account", "fal", f"fal refused the operator's credential or account with status {http_status}")
 
 
 def whole_answer(

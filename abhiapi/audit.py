@@ -36,8 +36,9 @@ class Finding:
 _ACCOUNTS = text(
     "SELECT account_id, name, balance_micros, held_micros, last_seq, last_hash FROM accounts ORDER BY account_id"
 )
+# Grouped by an expression, so that SQLite reads the few open calls from their index and not all of an account.
 _HELD = text(
-    "SELECT account_id, SUM(held_micros) FROM calls WHERE state IN ('held', 'sent', 'unknown') GROUP BY account_id"
+    "SELECT account_id, SUM(held_micros) FROM calls WHERE state IN ('held', 'sent', 'unknown') GROUP BY account_id + 0"
 )
 _LAST_ENTRIES = text(
     "SELECT a.account_id, a.name, a.balance_micros, a.held_micros, a.last_seq, a.last_hash,"
@@ -82,6 +83,38 @@ _ROLL_UPS = text(
     " UNION ALL"
     " SELECT account_id, day, model, key_id, -calls, -charged_micros, -fal_cost_nano_usd FROM usage_daily"
     ") GROUP BY account_id, day, model, key_id HAVING SUM(calls) <> 0 OR SUM(charged) <> 0 OR SUM(cost) <> 0"
+)
+
+
+_MONTHS = text(
+    "SELECT month, account_id, key_id, SUM(calls), SUM(charged), SUM(cost) FROM ("
+    " SELECT strftime('%Y-%m', day * 86400, 'unixepoch') AS month, account_id, key_id, calls,"
+    "  charged_micros AS charged, fal_cost_nano_usd AS cost FROM usage_daily"
+    " UNION ALL"
+    " SELECT month, account_id, key_id, -calls, -charged_micros, -fal_cost_nano_usd FROM usage_monthly"
+    ") GROUP BY month, account_id, key_id HAVING SUM(calls) <> 0 OR SUM(charged) <> 0 OR SUM(cost) <> 0"
+)
+_TOTALS = text(
+    "SELECT day, model, SUM(calls), SUM(charged), SUM(cost) FROM ("
+    " SELECT day, model, calls, charged_micros AS charged, fal_cost_nano_usd AS cost FROM usage_daily"
+    " UNION ALL SELECT day, model, -calls, -charged_micros, -fal_cost_nano_usd FROM usage_totals"
+    ") GROUP BY day, model HAVING SUM(calls) <> 0 OR SUM(charged) <> 0 OR SUM(cost) <> 0"
+)
+# What calls of limited keys hold and were charged, by the day and the month of their admission, against the counters.
+# Months before a limit was set were never counted.
+_LIMITED = text("SELECT 1 FROM keys WHERE limit_id IS NOT NULL LIMIT 1")
+_SPENDING = text(
+    "WITH spent AS ("
+    " SELECT k.limit_id AS limit_id, c.created_at / 86400000 * 86400 AS at, SUM(CASE WHEN c.state IN"
+    "  ('settled', 'released') THEN c.charged_micros + c.adjusted_micros - c.refunded_micros ELSE c.held_micros END)"
+    " AS micros"
+    "  FROM calls c CROSS JOIN keys k ON k.key_id = c.key_id CROSS JOIN key_limits l ON l.limit_id = k.limit_id"
+    "  WHERE c.created_at >= 1000 * strftime('%s', l.created_at / 1000, 'unixepoch', 'start of month') GROUP BY 1, 2"
+    ") SELECT limit_id, period, SUM(micros), SUM(counted) FROM ("
+    " SELECT limit_id, strftime(forms.form, at, 'unixepoch') AS period, micros, 0 AS counted FROM spent"
+    "  CROSS JOIN (SELECT '%Y-%m-%d' AS form UNION ALL SELECT '%Y-%m') forms"
+    " UNION ALL SELECT limit_id, period, 0, spent_micros FROM key_spending"
+    ") GROUP BY limit_id, period HAVING SUM(micros) <> SUM(counted)"
 )
 
 
@@ -183,3 +216,22 @@ def _call_problems(tx: Tx) -> Iterator[str]:
             f"roll-up of account {account_id}, day {day}, {model}, key {key_id} differs from its calls by "
             f"{calls} calls, {credits_text(charged)} credits, {cost} nano-USD"
         )
+    yield from _roll_up_problems(tx)
+
+
+def _roll_up_problems(tx: Tx) -> Iterator[str]:
+    """What is added up once more from the daily usage, and what limited keys have spent."""
+    for month, account_id, key_id, calls, charged, cost in tx.each(_MONTHS):
+        yield (
+            f"roll-up of account {account_id}, month {month}, key {key_id} differs from its days by "
+            f"{calls} calls, {credits_text(charged)} credits, {cost} nano-USD"
+        )
+    for day, model, calls, charged, cost in tx.each(_TOTALS):
+        yield (
+            f"the total of day {day}, {model} differs from its accounts by "
+            f"{calls} calls, {credits_text(charged)} credits, {cost} nano-USD"
+        )
+    if tx.one(_LIMITED) is None:  # a look at every call is spared where no key has a limit
+        return
+    for limit_id, period, spent, counted in tx.each(_SPENDING):
+        yield f"limit {limit_id} in {period}: its calls spend {credits_text(spent)}, counted {credits_text(counted)}"

@@ -3,7 +3,8 @@
 Functions take an open transaction. An event that is seen again changes nothing. The past is never edited: a charge
 that had to be computed without units is moved by an adjustment entry, once (contract 3.5; fal-protocol 8.5). A call
 whose cost was not known is settled. Whose call an event belongs to is decided by fal's request id; where fal's answer
-was lost before it named one, by model and time, and then only fal's cost is attributed, never a customer's charge.
+was lost before it named one, by model and time: a call that was given back then takes fal's cost, and nobody is
+charged; a job whose submit got no answer is settled where exactly one call and exactly one event fit each other.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
 
-from sqlalchemy import bindparam, delete, func, insert, literal_column, select, update
+from sqlalchemy import bindparam, delete, func, insert, literal_column, or_, select, update
 
-from abhiapi import calls, ledger, tables
+from abhiapi import calls, ledger, spending, tables
 from abhiapi.calls import OpenCall
 from abhiapi.db import Row, Tx
 from abhiapi.errors import BadAmount
@@ -32,21 +33,22 @@ _p = tables.price_versions.c
 _u = tables.unexplained_events.c
 _b = tables.bookmarks.c
 
-Effect = Literal["seen", "costed", "adjusted", "settled", "running", "unexplained"]
+Effect = Literal["seen", "costed", "adjusted", "settled", "unsettled", "running", "unexplained"]
 
 _COLUMNS = (
     _c.call_id, _c.account_id, _c.key_id, _p.model, _c.held_micros, _c.state, _c.usage_source, _c.charged_micros,
     _c.refunded_micros, _c.adjusted_micros, _c.units, _c.billed_units, _c.fal_cost_nano_usd, _c.finished_at,
-    _p.unit_price_usd, _c.fal_request_id,
+    _p.unit_price_usd, _c.fal_request_id, _c.created_at, spending.LIMIT_OF_CALL,
 )  # fmt: skip
 _CALLS = select(*_COLUMNS).join_from(tables.calls, tables.price_versions, _c.price_id == _p.price_id)
 _BY_REQUEST = _CALLS.where(_c.fal_request_id == bindparam("request_id")).order_by(_c.call_id).limit(1)
 _BETWEEN = _CALLS.where(_c.call_id >= bindparam("first"), _c.call_id < bindparam("end")).order_by(_c.call_id)
+_ANY_BETWEEN = _BETWEEN.limit(1)
 _FITTING = _BETWEEN.where(
     _p.model == bindparam("of_model"),
     _c.fal_request_id.is_(None),
     _c.state.in_([literal_column("'released'"), literal_column("'unknown'")]),
-    func.coalesce(_c.finished_at, _c.deadline_at) >= bindparam("not_over_before"),
+    or_(_c.finished_at.is_(None), _c.finished_at >= bindparam("not_over_before")),  # None: a job may wait for hours
 ).limit(FITTING_MAX)
 _RUNNING = _BETWEEN.where(
     _p.model == bindparam("of_model"), _c.fal_request_id.is_(None), _c.state == literal_column("'held'")
@@ -77,6 +79,11 @@ _UNEXPLAINED = (
     .where(_u.request_id > bindparam("after"))
     .order_by(_u.request_id)
     .limit(bindparam("most"))
+)
+_RIVALS = select(func.count()).where(
+    _u.model == bindparam("of_model"),
+    _u.happened_at >= bindparam("since"),
+    _u.happened_at < bindparam("until"),
 )
 _REACHED = select(_b.reached_at).where(_b.name == bindparam("of_name"))
 _MOVE = update(tables.bookmarks).where(_b.name == bindparam("of_name")).values(reached_at=bindparam("at"))
@@ -110,6 +117,8 @@ class BilledCall:
     finished_at: int | None
     unit_price_usd: str
     fal_request_id: str | None
+    admitted_at: int
+    limit_id: int | None  # its key's spending limit
 
     @property
     def net_micros(self) -> int:
@@ -123,7 +132,9 @@ def apply(tx: Tx, event: Event, *, now_ms: int) -> Effect:
     if found is None:
         return _keep(tx, event, now_ms)
     effect = _explain(tx, found, event, now_ms)
-    if effect != "running":
+    if effect == "unsettled":
+        _keep(tx, event, now_ms)  # until the operator has ended the hold: then it tells fal's cost
+    elif effect != "running":
         tx.run(_FORGET, of_request=event.request_id)
     return effect
 
@@ -131,18 +142,31 @@ def apply(tx: Tx, event: Event, *, now_ms: int) -> Effect:
 def attribute(tx: Tx, event: Event, *, now_ms: int) -> Effect:
     """Explain an event by a call whose answer was lost, so that fal's id for it was never seen.
 
-    The oldest released call of that model whose time fits takes fal's cost; nobody is charged by a guess. A call that
-    is still running may be the one: the event waits for it.
+    The oldest released call of that model whose time fits takes fal's cost; nobody is charged by it. Where there is
+    none, a job whose submit got no answer is settled if it is the only call that fits, and this the only event that
+    fits it. A call that is still running may be the one: the event waits for it.
     """
     bounds = {"first": _first_id(event.happened_at - LOST_MS), "end": _first_id(event.happened_at + SKEW_MS)}
     if tx.one(_RUNNING, of_model=event.model, **bounds) is not None:
         return "running"
     rows = tx.all(_FITTING, of_model=event.model, not_over_before=event.happened_at - SKEW_MS, **bounds)
-    for found in map(_billed_call, rows):
-        if found.state == "released":
-            tx.run(_FORGET, of_request=event.request_id)
-            return _explain(tx, found, event, now_ms)
-    return "unexplained"
+    fitting = [_billed_call(row) for row in rows]
+    found = next((one for one in fitting if one.state == "released"), None)
+    if found is None and len(fitting) == 1 and _is_only_event(tx, fitting[0]):
+        found = fitting[0]
+    if found is None:
+        return "unexplained"
+    effect = _explain(tx, found, event, now_ms)
+    if effect != "unsettled":
+        tx.run(_FORGET, of_request=event.request_id)
+    return effect
+
+
+def _is_only_event(tx: Tx, found: BilledCall) -> bool:
+    """Whether no more than one event that nothing explains could be this call's."""
+    since = found.admitted_at - SKEW_MS
+    row = tx.one(_RIVALS, of_model=found.call.model, since=since, until=found.admitted_at + LOST_MS)
+    return row is not None and row[0] == 1
 
 
 def unexplained(tx: Tx, *, after: str, most: int) -> list[Event]:
@@ -156,6 +180,11 @@ def unexplained(tx: Tx, *, after: str, most: int) -> list[Event]:
 def created_between(tx: Tx, since_ms: int, until_ms: int) -> Iterator[BilledCall]:
     """The calls admitted in a span of time, oldest first, in bounded memory."""
     return map(_billed_call, tx.each(_BETWEEN, first=_first_id(since_ms), end=_first_id(until_ms)))
+
+
+def has_calls_between(tx: Tx, since_ms: int, until_ms: int) -> bool:
+    """Whether any call was admitted in a span of time."""
+    return tx.one(_ANY_BETWEEN, first=_first_id(since_ms), end=_first_id(until_ms)) is not None
 
 
 def reached_at(tx: Tx, name: str) -> int | None:
@@ -192,7 +221,7 @@ def _settle(tx: Tx, found: BilledCall, event: Event, now_ms: int) -> Effect:
     """A call whose cost nobody knew: fal's units tell, unless they are of another model or absurd."""
     amount = _charge(found, event)
     if amount is None or found.call.model != event.model:
-        return "seen"
+        return "unsettled"
     units = decimal_text(event.units)
     verdict = Verdict("settled", amount, units, None, event.cost_nano_usd, "settled_by_event")
     calls.finish(tx, found.call, verdict, now_ms=now_ms, fal_request_id=event.request_id, usage_source="events")
@@ -235,6 +264,8 @@ def _adjust(tx: Tx, found: BilledCall, event: Event, now_ms: int) -> Effect:
         call_id=found.call.call_id,
     )
     calls.count_usage(tx, found.call, found.finished_at, calls=0, charged_micros=Micros(more), fal_cost_nano_usd=0)
+    if found.limit_id is not None:
+        spending.correct(tx, found.limit_id, found.admitted_at, more)
     return "adjusted"
 
 

@@ -16,7 +16,8 @@ from typing import Literal
 
 from sqlalchemy import ColumnElement, bindparam, func, insert, literal_column, select, update
 
-from abhiapi import costs, ledger, tables
+from abhiapi import costs, ledger, spending, tables
+from abhiapi.days import MS_PER_DAY, month_of
 from abhiapi.db import Tx
 from abhiapi.errors import NotFound, Refused
 from abhiapi.ids import call_text
@@ -34,12 +35,13 @@ MOVES: Mapping[State, frozenset[State]] = {
     "released": frozenset(),
 }
 OPEN: tuple[State, ...] = ("held", "sent", "unknown")
-MS_PER_DAY = 86_400_000
 BatchOp = Callable[[Tx], int]
 
 _c = tables.calls.c
 _p = tables.price_versions.c
 _u = tables.usage_daily.c
+_m = tables.usage_monthly.c
+_d = tables.usage_totals.c
 
 _ADMIT = insert(tables.calls).values(
     {
@@ -70,6 +72,7 @@ _FINISH = {
     .values({name: bindparam(name) for name in "state charged_micros usage_source reason finished_at".split()})
     # What was seen of fal's answer when the outcome was unknown stays, unless the end knows better.
     .values({name: func.coalesce(bindparam(name), _c[name]) for name in _SEEN})
+    .returning(_c.created_at, spending.LIMIT_OF_CALL)
     for target in ("settled", "released", "unknown")
 }
 _COUNT_USAGE = (
@@ -89,6 +92,34 @@ _COUNT_USAGE = (
 _FIRST_USAGE = insert(tables.usage_daily).values(
     {column.name: bindparam(column.name) for column in tables.usage_daily.c}
 )
+_COUNT_MONTH = (
+    update(tables.usage_monthly)
+    .where(
+        _m.month == bindparam("in_month"),
+        _m.account_id == bindparam("account"),
+        _m.key_id == bindparam("key"),
+    )
+    .values(
+        calls=_m.calls + bindparam("more_calls"),
+        charged_micros=_m.charged_micros + bindparam("more_micros"),
+        fal_cost_nano_usd=_m.fal_cost_nano_usd + bindparam("more_nano_usd"),
+    )
+)
+_FIRST_MONTH = insert(tables.usage_monthly).values(
+    {column.name: bindparam(column.name) for column in tables.usage_monthly.c}
+)
+_COUNT_TOTAL = (
+    update(tables.usage_totals)
+    .where(_d.day == bindparam("on_day"), _d.model == bindparam("of_model"))
+    .values(
+        calls=_d.calls + bindparam("more_calls"),
+        charged_micros=_d.charged_micros + bindparam("more_micros"),
+        fal_cost_nano_usd=_d.fal_cost_nano_usd + bindparam("more_nano_usd"),
+    )
+)
+_FIRST_TOTAL = insert(tables.usage_totals).values(
+    {column.name: bindparam(column.name) for column in tables.usage_totals.c}
+)
 _OPEN_CALL = (
     select(_c.call_id, _c.account_id, _c.key_id, _p.model, _c.held_micros, _c.state, _c.reason)
     .join_from(tables.calls, tables.price_versions, _c.price_id == _p.price_id)
@@ -105,11 +136,12 @@ _REFUND = (
 )
 _CHARGED = (
     select(
-        _c.account_id, _c.key_id, _p.model, _c.charged_micros, _c.refunded_micros, _c.finished_at, _c.adjusted_micros
+        _c.account_id, _c.key_id, _p.model, _c.charged_micros, _c.refunded_micros, _c.finished_at, _c.created_at,
+        _c.adjusted_micros, spending.LIMIT_OF_CALL,
     )
     .join_from(tables.calls, tables.price_versions, _c.price_id == _p.price_id)
     .where(_c.call_id == bindparam("call"))
-)
+)  # fmt: skip
 _OVERDUE = (
     select(_c.call_id, _c.account_id, _c.key_id, _p.model, _c.held_micros)
     .join_from(tables.calls, tables.price_versions, _c.price_id == _p.price_id)
@@ -163,7 +195,7 @@ class Admission:
 def admit(tx: Tx, admission: Admission) -> None:
     """Hold the credit and write the call. Raises what `ledger.hold` raises, with nothing written."""
     call = admission.call
-    ledger.hold(tx, call.account_id, call.held_micros)
+    ledger.hold(tx, call.account_id, call.held_micros, key_id=call.key_id, now_ms=admission.created_at)
     tx.run(
         _ADMIT,
         call_id=call.call_id,
@@ -197,7 +229,7 @@ def finish(
     ``unknown`` is no end: the hold stands and the operator is asked. Raises `CallEnded` when the hold had already
     ended. ``usage_source`` overrides the verdict's (the operator's word).
     """
-    changed = tx.run(
+    ended = tx.one(
         _FINISH[verdict.end],
         call=call.call_id,
         state=verdict.end,
@@ -210,10 +242,13 @@ def finish(
         reason=verdict.reason,
         finished_at=None if verdict.end == "unknown" else now_ms,
     )
-    if changed != 1:
+    if ended is None:
         raise CallEnded(f"the hold of {call_text(call.call_id)} has already ended: nothing was changed")
     if verdict.end == "unknown":
         return ledger.balance_micros(tx, call.account_id)
+    admitted_at, limit_id = ended
+    if limit_id is not None:
+        spending.correct(tx, limit_id, admitted_at, verdict.charge_micros - call.held_micros)
     count_usage(
         tx, call, now_ms, calls=1, charged_micros=verdict.charge_micros, fal_cost_nano_usd=verdict.fal_cost_nano_usd
     )
@@ -228,7 +263,7 @@ def refund(tx: Tx, call_id: int, amount_micros: Micros | None, *, now_ms: int) -
     row = tx.one(_CHARGED, call=call_id)
     if row is None:
         raise NotFound(f"no call has the id {call_text(call_id)}")
-    account_id, key_id, model, charged, refunded, finished_at, adjusted = row
+    account_id, key_id, model, charged, refunded, finished_at, admitted_at, adjusted, limit_id = row
     refundable = min(charged, charged + adjusted)  # what a correction added is given back by `adjust`
     amount = Micros(refundable - refunded) if amount_micros is None else amount_micros
     if amount <= 0 or tx.run(_REFUND, call=call_id, amount=amount) != 1:
@@ -238,6 +273,8 @@ def refund(tx: Tx, call_id: int, amount_micros: Micros | None, *, now_ms: int) -
         )
     call = OpenCall(call_id, account_id, key_id, model, Micros(0))
     count_usage(tx, call, finished_at, calls=0, charged_micros=Micros(-amount), fal_cost_nano_usd=0)
+    if limit_id is not None:
+        spending.correct(tx, limit_id, admitted_at, -amount)
     return ledger.append(tx, account_id, "refund", amount, now_ms=now_ms, call_id=call_id)
 
 
@@ -289,26 +326,15 @@ def _open_calls(rows: Iterable[tuple[object, ...]]) -> list[OpenCall]:
 def count_usage(
     tx: Tx, call: OpenCall, finished_at: int, *, calls: int, charged_micros: Micros, fal_cost_nano_usd: int | None
 ) -> None:
-    """Roll a movement up into the day on which its call ended, so that reports never read the calls."""
+    """Roll a movement up into the day and month in which its call ended, so that reports never read the calls."""
     day, cost = finished_at // MS_PER_DAY, fal_cost_nano_usd or 0
-    changed = tx.run(
-        _COUNT_USAGE,
-        account=call.account_id,
-        on_day=day,
-        of_model=call.model,
-        key=call.key_id,
-        more_calls=calls,
-        more_micros=charged_micros,
-        more_nano_usd=cost,
-    )
-    if changed == 0:
-        tx.run(
-            _FIRST_USAGE,
-            account_id=call.account_id,
-            day=day,
-            model=call.model,
-            key_id=call.key_id,
-            calls=calls,
-            charged_micros=charged_micros,
-            fal_cost_nano_usd=cost,
-        )
+    moved = {"more_calls": calls, "more_micros": charged_micros, "more_nano_usd": cost}
+    first = {"calls": calls, "charged_micros": charged_micros, "fal_cost_nano_usd": cost}
+    of = {"account_id": call.account_id, "key_id": call.key_id}
+    account, key, model, month = call.account_id, call.key_id, call.model, month_of(day)
+    if tx.run(_COUNT_USAGE, account=account, on_day=day, of_model=model, key=key, **moved) == 0:
+        tx.run(_FIRST_USAGE, day=day, model=model, **of, **first)
+    if tx.run(_COUNT_MONTH, account=account, in_month=month, key=key, **moved) == 0:
+        tx.run(_FIRST_MONTH, month=month, **of, **first)
+    if tx.run(_COUNT_TOTAL, on_day=day, of_model=model, **moved) == 0:
+        tx.run(_FIRST_TOTAL, day=day, model=model, **first)

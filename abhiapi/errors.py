@@ -118,6 +118,12 @@ class KeyExpired(AbhiError):
     status, type = 403, "key_expired"
 
 
+class ModelNotAllowed(AbhiError):
+    """The key may call other models only."""
+
+    status, type = 403, "model_not_allowed"
+
+
 class AccountSuspended(AbhiError):
     status, type = 403, "account_suspended"
 
@@ -151,6 +157,12 @@ class MethodNotAllowed(AbhiError):
 
 class InsufficientCredits(AbhiError):
     status, type = 402, "insufficient_credits"
+
+
+class KeyLimitReached(AbhiError):
+    """The account may have credit; this key may not spend it before the next day or month."""
+
+    status, type = 402, "key_limit_reached"
 
 
 class RateLimited(AbhiError):

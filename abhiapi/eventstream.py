@@ -40,7 +40,8 @@ class LastEvent:
         self._after_cr = False
 
     def feed(self, piece: bytes) -> None:
-        if self._after_cr:
+        if self._after_cr and piece:
+            self._after_cr = False
             piece = piece.removeprefix(b"\n")
         for line in piece.splitlines(keepends=True):
             text = line.rstrip(b"\r\n")

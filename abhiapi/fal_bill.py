@@ -25,6 +25,7 @@ from abhiapi.money import Micros, product_nanos
 from abhiapi.pricing import MODEL_ID, decimal_text
 
 BOOKMARK = "fal's billing events"
+LOOKED_AT = "calls held against fal's billing events"  # of which the drift has been listed
 DAY_MS = 86_400_000
 OVERLAP_MS = 2 * DAY_MS  # looked at again each time: events arrive late
 REACH_MS = 89 * DAY_MS  # as far back as fal tells (fal-protocol 8.5)
@@ -32,9 +33,12 @@ LAG_MS = 600_000  # a call that ended this lately may have its event still to co
 BATCH = 200  # events to a transaction: other writers wait for it
 DRIFT_MAX = 1_000  # listed; all are counted
 UNREADABLE_MAX = 20
+RECENT_MAX = 10_000  # events of this run that are remembered, to tell a second bill from a correction of the first
 COST_MAX_NANO_USD = 10**15  # no single request costs a million dollars
 
-DriftKind = Literal["not_billed_by_fal", "unexplained_event", "units_differ", "other_model"]
+DriftKind = Literal[
+    "not_billed_by_fal", "unexplained_event", "units_differ", "other_model", "billed_twice", "not_settled"
+]
 Rows = Callable[[int, int], Iterable[Mapping[str, Any]]]  # fal's rows from and to (exclusive) a time, milliseconds
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,100}")
@@ -64,11 +68,13 @@ class Compared:
     adjusted: int = 0
     costed: int = 0
     pending: int = 0
+    left_out: int = 0  # rows that could not be read
     unreadable: list[str] = field(default_factory=list)  # why, of the first few
     losses: int = 0
     loss_nano_usd: int = 0
     drift: Counter[str] = field(default_factory=Counter)
     listed: list[Drift] = field(default_factory=list)
+    recent: dict[str, Event] = field(default_factory=dict)  # by fal's request id, the oldest first
 
     def add(self, one: Drift) -> None:
         self.drift[one.kind] += 1
@@ -79,7 +85,10 @@ class Compared:
 def span(reached_at: int | None, since_ms: int | None, now_ms: int) -> tuple[int, int]:
     """From when to when to compare: since a given time, else since the last time and a little before."""
     if since_ms is None:
-        since_ms = now_ms - REACH_MS if reached_at is None else reached_at - OVERLAP_MS
+        if reached_at is None or reached_at > now_ms + billing.SKEW_MS:  # the latter by a clock that was wrong
+            since_ms = now_ms - REACH_MS
+        else:
+            since_ms = reached_at - OVERLAP_MS
     return max(since_ms, now_ms - REACH_MS), now_ms + billing.SKEW_MS
 
 
@@ -96,22 +105,27 @@ def compare(
     """Take fal's events from ``since_ms`` to ``until_ms`` into the books, then list what does not agree.
 
     ``progress`` hears of the events so far and of the time reached. Raises what ``rows`` raises; what was taken in
-    until then stays.
+    until then stays. The marks move only where no call before ``since_ms`` was left out, so that a look at the last
+    days leaves nothing out for ever.
     """
     done = Compared()
+    is_whole, listed_ms = database.read(partial(_unlisted, since_ms=since_ms, now_ms=now_ms))
     at = since_ms
     while at < until_ms:
         end = min(at + DAY_MS, until_ms)
         stream = iter(rows(at, end))
         while batch := list(islice(stream, BATCH)):
-            events = list(_read(done, batch))
+            events = [event for event in _read(done, batch) if not _is_second(done, event)]
             _count(done, database.write(partial(_take, batch=events, now_ms=now_ms)))
             done.events += len(batch)
             progress(done.events, end)
-        database.write(partial(_reach, at_ms=min(end, now_ms)))
+        if is_whole:
+            database.write(partial(_reach, name=BOOKMARK, at_ms=min(end, now_ms)))
         at = end
     _explain_the_rest(done, database, now_ms)
-    database.read(partial(_find_drift, done=done, since_ms=since_ms, now_ms=now_ms, lag_ms=lag_ms))
+    database.read(partial(_find_drift, done=done, since_ms=listed_ms, now_ms=now_ms, lag_ms=lag_ms))
+    if is_whole:
+        database.write(partial(_reach, name=LOOKED_AT, at_ms=now_ms))
     return done
 
 
@@ -159,6 +173,7 @@ def _read(done: Compared, rows: Iterable[Mapping[str, Any]]) -> Iterable[Event]:
         try:
             yield parse_event(row)
         except ValueError as error:
+            done.left_out += 1
             if len(done.unreadable) < UNREADABLE_MAX:
                 done.unreadable.append(str(error))
 
@@ -167,9 +182,31 @@ def _take(tx: Tx, *, batch: list[Event], now_ms: int) -> Counter[Effect]:
     return Counter(billing.apply(tx, event, now_ms=now_ms) for event in batch)
 
 
-def _reach(tx: Tx, *, at_ms: int) -> None:
-    if at_ms > (billing.reached_at(tx, BOOKMARK) or 0):
-        billing.reach(tx, BOOKMARK, at_ms)
+def _is_second(done: Compared, event: Event) -> bool:
+    """Whether this run has seen another bill of the same request: the first stands, or each run would move a charge
+    to the one and back to the other. A bill that takes the place of an earlier one comes alone, and counts."""
+    first = done.recent.setdefault(event.request_id, event)
+    if len(done.recent) > RECENT_MAX:
+        del done.recent[next(iter(done.recent))]
+    if (first.units, first.cost_nano_usd) == (event.units, event.cost_nano_usd):
+        return False
+    done.add(_drift_of_event(event, "billed_twice"))
+    return True
+
+
+def _unlisted(tx: Tx, *, since_ms: int, now_ms: int) -> tuple[bool, int]:
+    """Whether all calls before a time were compared; and from when on their drift is still to be listed: what a run
+    that broke off took in, it did not list."""
+    oldest = now_ms - REACH_MS
+    reached = max(oldest, billing.reached_at(tx, BOOKMARK) or 0)
+    if reached < since_ms and billing.has_calls_between(tx, reached, since_ms):
+        return False, since_ms
+    return True, min(since_ms, max(oldest, (billing.reached_at(tx, LOOKED_AT) or 0) - OVERLAP_MS))
+
+
+def _reach(tx: Tx, *, name: str, at_ms: int) -> None:
+    if at_ms > (billing.reached_at(tx, name) or 0):
+        billing.reach(tx, name, at_ms)
 
 
 def _count(done: Compared, effects: Counter[Effect]) -> None:
@@ -186,13 +223,8 @@ def _explain_the_rest(done: Compared, database: Database, now_ms: int) -> None:
         for event in page:
             effect = database.write(partial(_explained, event=event, now_ms=now_ms))
             _count(done, Counter((effect,)))
-            if effect == "unexplained":
-                units = decimal_text(event.units)
-                done.add(
-                    Drift(
-                        "unexplained_event", None, event.request_id, event.model, None, None, units, event.cost_nano_usd
-                    )
-                )
+            if effect in ("unexplained", "unsettled"):
+                done.add(_drift_of_event(event, "unexplained_event" if effect == "unexplained" else "not_settled"))
         after = page[-1].request_id
 
 
@@ -242,6 +274,11 @@ def _drift_of(found: BilledCall, kind: DriftKind) -> Drift:
     )
 
 
+def _drift_of_event(event: Event, kind: DriftKind) -> Drift:
+    units = decimal_text(event.units)
+    return Drift(kind, None, event.request_id, event.model, None, None, units, event.cost_nano_usd)
+
+
 def describe(one: Drift) -> str:
     """A drift in a sentence."""
     call = "" if one.call_id is None else call_text(one.call_id)
@@ -250,4 +287,6 @@ def describe(one: Drift) -> str:
         "unexplained_event": f"fal billed {one.model} for {one.fal_request_id}, which no call of ours explains",
         "units_differ": f"{call} was charged for {one.units} units, fal billed {one.billed_units}",
         "other_model": f"{call} was billed by fal as another model: its computed charge was left as it is",
+        "billed_twice": f"fal billed {one.fal_request_id} twice with other figures: the first stands",
+        "not_settled": f"fal's bill of {one.fal_request_id} is absurd or of another model: the hold stands",
     }[one.kind]

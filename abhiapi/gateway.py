@@ -41,7 +41,7 @@ def _admitted(rt: Runtime, caller: keys.Caller, call_id: int, request: Request, 
     """The call itself, once its caller is known and within limits. Raises what is answered in its place."""
     model, streamed = wire.endpoint_of(request.path)
     price = rt.catalogue(caller.price_version).price_of(model)
-    query = wire.forwarded_query(request.query)
+    query = wire.forwarded_query(request.query, without_webhook=True)
     target = request.path + ("?" + query if query else "")
     headers = wire.request_headers(request.headers.items())
     body = request.read_body()
@@ -66,7 +66,7 @@ def _answer(rt: Runtime, call: Call, reply: FalReply) -> Reply:
     status = reply.status
     if status in metering.OPERATOR_STATUSES:
         reply.close()
-        log.error("fal refused the operator's credential or account with status %d", status)
+        admission.fal_refused(rt, status)
         refused = UpstreamRefused("fal does not accept calls from this service just now: nothing was charged")
         return _failed(rt, call, refused, reply)
     body = MeteredBody(rt, call, reply)

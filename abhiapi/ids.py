@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: nothing that looks like something else
 _DIGITS = 13  # covers 65 bits
-_CHANCE_BITS = 20
+CHANCE_BITS = 20
 
 NowMs = Callable[[], int]
 
@@ -22,7 +22,7 @@ class CallIds:
         self._last = 0
 
     def new(self, now_ms: int) -> int:
-        self._last = max(self._last + 1, (now_ms << _CHANCE_BITS) + self._chance(_CHANCE_BITS))
+        self._last = max(self._last + 1, (now_ms << CHANCE_BITS) + self._chance(CHANCE_BITS))
         return self._last
 
 

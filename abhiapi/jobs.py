@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from decimal import Decimal
 
-from sqlalchemy import bindparam, literal_column, select, update
+from sqlalchemy import bindparam, insert, literal_column, select, update
 
 from abhiapi import calls, ledger, tables
 from abhiapi.db import Tx
@@ -45,6 +45,8 @@ _SENT = _JOB.where(_IS_OPEN, _IS_SENT, _c.call_id > bindparam("after")).order_by
 _PRICE = select(_p.unit, _p.unit_price_usd, _p.fal_unit_price_usd, _p.source).where(
     _p.price_id == bindparam("price_id")
 )
+_KEEP_INPUT = insert(tables.job_inputs).values(call_id=bindparam("call"), document=bindparam("input"))
+_INPUT = select(tables.job_inputs.c.document).where(tables.job_inputs.c.call_id == bindparam("call"))
 _OUTCOME = (
     select(_c.charged_micros, _e.balance_after_micros, _a.balance_micros, _c.state)
     .join_from(tables.calls, tables.accounts, _c.account_id == _a.account_id)
@@ -86,6 +88,17 @@ def remember(tx: Tx, call: calls.OpenCall, request_id: str, *, http_status: int)
         raise Refused(f"fal's id for {call_text(call.call_id)} is another call's already")
     if tx.run(_SEND, call=call.call_id, request_id=request_id, status=http_status) != 1:
         raise calls.CallEnded(f"the hold of {call_text(call.call_id)} has already ended: nothing was changed")
+
+
+def keep_input(tx: Tx, call_id: int, document: bytes) -> None:
+    """Write down what a job asked for, until its hold ends (a trigger forgets it)."""
+    tx.run(_KEEP_INPUT, call=call_id, input=document)
+
+
+def input_of(tx: Tx, call_id: int) -> bytes | None:
+    """What a job asked for, if that was short."""
+    row = tx.one(_INPUT, call=call_id)
+    return None if row is None else bytes(row[0])
 
 
 def note_cancel(tx: Tx, job: Job) -> None:

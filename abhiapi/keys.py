@@ -10,13 +10,14 @@ import hashlib
 import re
 import secrets
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import bindparam, func, insert, or_, select, update
 
-from abhiapi import prices, tables
+from abhiapi import prices, spending, tables
 from abhiapi.db import Row, Tx
 from abhiapi.errors import (
     AccountSuspended,
@@ -26,6 +27,7 @@ from abhiapi.errors import (
     KeyExpired,
     KeyRevoked,
     MissingKey,
+    ModelNotAllowed,
     NotFound,
     Refused,
 )
@@ -33,6 +35,7 @@ from abhiapi.ids import key_text, parse_key_id
 
 PREFIX = "sk-fal-"
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_PATTERN = re.compile(r"[A-Za-z0-9._~/*-]{1,200}")  # of the models that a key may call
 _CHANCE, _CHECK = 26, 6  # 26 characters of base 62 are 154 bits; a CRC-32 fits 6
 _SHAPE = re.compile(rf"{PREFIX}[0-9A-Za-z]{{{_CHANCE + _CHECK}}}")
 LABEL_MAX = 64
@@ -50,6 +53,7 @@ _COLUMNS = (
     _k.created_at,
     _k.expires_at,
     _k.last_used_at,
+    _k.models,
 )
 _JOINED = select(*_COLUMNS).join_from(tables.keys, tables.accounts, _k.account_id == _a.account_id)
 _BY_ID = _JOINED.where(_k.key_id == bindparam("key"))
@@ -66,6 +70,7 @@ _CALLERS = select(
     _a.plan,
     _a.status,
     *prices.NEWEST_ROWS,
+    _k.models,
 ).join_from(tables.keys, tables.accounts, _k.account_id == _a.account_id)
 _CALLER = _CALLERS.where(_k.digest == bindparam("of_digest"))
 # By the account alone, and only its playground's key: what a process may ask for a customer who is signed in.
@@ -75,10 +80,11 @@ _CALLER_INSIDE = _CALLERS.join(tables.playground_keys, tables.playground_keys.c.
 _CREATE = insert(tables.keys).values(
     {
         name: bindparam(name)
-        for name in ("account_id digest last_four name status created_at expires_at replaces_key_id").split()
+        for name in ("account_id digest last_four name status created_at expires_at replaces_key_id models").split()
     }
 )
 _SET_STATUS = update(tables.keys).where(_k.key_id == bindparam("key")).values(status=bindparam("to_status"))
+_SET_MODELS = update(tables.keys).where(_k.key_id == bindparam("key")).values(models=bindparam("patterns"))
 _EXPIRE = (
     update(tables.keys)
     .where(_k.key_id == bindparam("key"), or_(_k.expires_at.is_(None), _k.expires_at > bindparam("at")))
@@ -104,6 +110,7 @@ class Key:
     created_at: int
     expires_at: int | None
     last_used_at: int | None
+    models: str | None  # patterns with a space between; None: any
 
     @property
     def masked(self) -> str:
@@ -126,6 +133,7 @@ class Caller:
     plan: str
     price_version: prices.Version  # read together with the key: tells whether the catalogue is up to date
     last_used_at: int
+    models: str | None = None  # the only models that it may call, patterns with a space between
 
 
 def new_key(chance: Callable[[int], int] = secrets.randbelow) -> str:
@@ -171,7 +179,7 @@ def authenticate_inside(tx: Tx, account_id: int, *, now_ms: int) -> Caller:
 
 def _checked(row: Row, *, now_ms: int, may_be_suspended: bool) -> Caller:
     """Raises why a key that was found may not be used (403)."""
-    key_id, account_id, status, expires_at, last_used_at, account, plan, account_status, *newest_rows = row
+    key_id, account_id, status, expires_at, last_used_at, account, plan, account_status, *newest_rows, models = row
     if status == "revoked":
         raise KeyRevoked("this API key was revoked: use another key of the account")
     if status == "disabled":
@@ -180,7 +188,8 @@ def _checked(row: Row, *, now_ms: int, may_be_suspended: bool) -> Caller:
         raise KeyExpired("this API key has expired: use another key of the account")
     if account_status != "active" and not may_be_suspended:
         raise AccountSuspended("this account is suspended: ask the operator")
-    return Caller(key_id, account_id, account, plan, prices.version_from(newest_rows), last_used_at or 0)
+    version = prices.version_from(newest_rows)
+    return Caller(key_id, account_id, account, plan, version, last_used_at or 0, models)
 
 
 def create(
@@ -192,16 +201,19 @@ def create(
     now_ms: int,
     replaces: int | None = None,
     key: str | None = None,
+    models: str | None = None,
 ) -> tuple[str, Key]:
     """A new key: its text, which nobody can read again, and what is stored of it."""
     key = key or new_key()
-    row = {"last_four": key[-4:], "name": name, "expires_at": expires_at, "replaces_key_id": replaces}
+    row = {"last_four": key[-4:], "name": name, "expires_at": expires_at, "replaces_key_id": replaces, "models": models}
     return key, _create(tx, account_id, digest_of(key), now_ms, **row)
 
 
 def create_hidden(tx: Tx, account_id: int, *, name: str, digest: bytes, now_ms: int) -> Key:
     """A key without a text: nobody can send it (`playground`)."""
-    return _create(tx, account_id, digest, now_ms, last_four="none", name=name, expires_at=None, replaces_key_id=None)
+    return _create(
+        tx, account_id, digest, now_ms, last_four="none", name=name, expires_at=None, replaces_key_id=None, models=None
+    )
 
 
 def _create(tx: Tx, account_id: int, digest: bytes, now_ms: int, **row: Any) -> Key:
@@ -250,12 +262,49 @@ def set_status(tx: Tx, key: Key, status: str) -> Key:
 
 
 def rotate(tx: Tx, key: Key, *, grace_ms: int, now_ms: int) -> tuple[str, Key]:
-    """A new key in place of an old one, which works on for the grace period. Credit is the account's and stays."""
+    """A new key in place of an old one, which works on for the grace period. Credit is the account's and stays.
+
+    Its models are the old one's, and so are its spending limits: both spend under the same ones until the old key ends.
+    """
     if key.status_at(now_ms) != "active":
         raise Refused(f"{key_text(key.key_id)} is {key.status_at(now_ms)}: only an active key is rotated")
-    made = create(tx, key.account_id, name=key.name, expires_at=key.expires_at, now_ms=now_ms, replaces=key.key_id)
+    made = create(
+        tx,
+        key.account_id,
+        name=key.name,
+        expires_at=key.expires_at,
+        now_ms=now_ms,
+        replaces=key.key_id,
+        models=key.models,
+    )
+    spending.share(tx, key.key_id, made[1].key_id)
     tx.run(_EXPIRE, key=key.key_id, at=now_ms + grace_ms)
     return made
+
+
+def set_models(tx: Tx, key: Key, patterns: Sequence[str]) -> Key:
+    """Let a key call only the models that match one of these; none of them: any. Raises `BadRequest`.
+
+    A model may be pasted as an address has it: a slash at its ends or ``/stream`` would match no call.
+    """
+    patterns = [pattern.strip("/").removesuffix("/stream") for pattern in patterns]
+    for pattern in patterns:
+        if not _PATTERN.fullmatch(pattern):
+            raise BadRequest(f"{pattern[:60]!r} is no model or pattern such as fal-ai/flux/dev or fal-ai/flux/*")
+    tx.run(_SET_MODELS, key=key.key_id, patterns=" ".join(dict.fromkeys(patterns)) or None)
+    return by_id(tx, key.key_id)
+
+
+def check_model(caller: Caller, model: str) -> None:
+    """Raises `ModelNotAllowed` where the key may call other models only."""
+    if caller.models is not None and not any(_matches(pattern, model) for pattern in caller.models.split(" ")):
+        raise ModelNotAllowed(f"this API key may not call {model[:200]!r}: use another key of the account")
+
+
+@lru_cache(maxsize=1024)
+def _matches(pattern: str, model: str) -> bool:
+    """Whether a model's id is the pattern's; ``*`` stands for any text, slashes too, and nothing else is special."""
+    return re.fullmatch(".*".join(re.escape(part) for part in pattern.split("*")), model) is not None
 
 
 def touch(tx: Tx, key_id: int, now_ms: int) -> None:

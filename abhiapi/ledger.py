@@ -3,8 +3,8 @@
 Every function takes an open transaction and never opens one, so callers compose them. Amounts are micros.
 Invariants, which the database guards as well and `audit.verify` recounts:
 - balance = sum of the account's entries; held = sum of its open calls' holds;
-- a hold is taken only by one conditional UPDATE (balance - held >= amount, account active), so credit is never
-  promised twice, however many ask at once;
+- a hold is taken only by one conditional UPDATE (balance - held >= amount, within the key's limits, account active),
+  so credit is never promised twice, however many ask at once;
 - entries are chained: hash = SHA-256(previous hash, this row), seq without gaps; nothing is ever edited.
 """
 
@@ -17,7 +17,8 @@ from typing import Literal
 
 from sqlalchemy import bindparam, insert, select, update
 
-from abhiapi import tables
+from abhiapi import alerts, spending, tables
+from abhiapi.days import periods
 from abhiapi.db import Tx
 from abhiapi.errors import AccountSuspended, InsufficientCredits, Refused
 from abhiapi.ids import entry_text
@@ -34,11 +35,19 @@ _HOLD = (
         _a.account_id == bindparam("account"),
         _a.status == "active",
         _a.balance_micros - _a.held_micros >= bindparam("amount"),
+        spending.WITHIN_LIMITS,
     )
     .values(held_micros=_a.held_micros + bindparam("amount"))
+    .returning(spending.LIMIT_OF_KEY)
 )
 _STANDING = select(_a.status, _a.balance_micros, _a.held_micros).where(_a.account_id == bindparam("account"))
-_HEAD = select(_a.balance_micros, _a.last_seq, _a.last_hash).where(_a.account_id == bindparam("account"))
+_HEAD = (
+    select(_a.balance_micros, _a.last_seq, _a.last_hash, _a.name, _a.alert_below_micros, _e.created_at)
+    .join_from(
+        tables.accounts, tables.entries, (_e.account_id == _a.account_id) & (_e.seq == _a.last_seq), isouter=True
+    )
+    .where(_a.account_id == bindparam("account"))
+)
 _UNHOLD = (
     update(tables.accounts)
     .where(_a.account_id == bindparam("account"))
@@ -75,14 +84,24 @@ class Entry:
         return entry_text(self.account_id, self.seq)
 
 
-def hold(tx: Tx, account_id: int, amount_micros: Micros) -> None:
-    """Set credit aside. Raises `InsufficientCredits` or `AccountSuspended`, with nothing changed."""
-    if tx.run(_HOLD, account=account_id, amount=amount_micros) == 1:
+def hold(tx: Tx, account_id: int, amount_micros: Micros, *, key_id: int, now_ms: int) -> None:
+    """Set credit aside for a call of a key, admitted now.
+
+    Raises `InsufficientCredits`, `KeyLimitReached` or `AccountSuspended`, with nothing changed.
+    """
+    day, month = periods(now_ms)
+    held = tx.one(_HOLD, account=account_id, amount=amount_micros, key=key_id, day=day, month=month)
+    if held is not None:
+        (limit_id,) = held
+        if limit_id is not None:
+            spending.count(tx, limit_id, now_ms, amount_micros)
         return
     standing = tx.one(_STANDING, account=account_id)
     if standing is None or standing[0] != "active":
         raise AccountSuspended("this account is suspended: ask the operator")
     available = standing[1] - standing[2]
+    if available >= amount_micros:
+        spending.refuse(tx, key_id, amount_micros, now_ms=now_ms)
     raise InsufficientCredits(
         f"this call needs {credits_text(amount_micros)} credits and {credits_text(available)} are available: "
         "top up your balance"
@@ -152,11 +171,15 @@ def append(
     note: str | None = None,
     unhold_micros: int = 0,
 ) -> Entry:
-    """Write one entry at the end of the account's chain and move its balance (and a hold that it ends)."""
+    """Write one entry at the end of the account's chain and move its balance (and a hold that it ends).
+
+    Its time is never before its predecessor's, whatever clocks do, so that a month is one stretch of the chain.
+    """
     head = tx.one(_HEAD, account=account_id)
     if head is None:
         raise AssertionError(f"account {account_id} is gone")
-    balance, last_seq, last_hash = head
+    balance, last_seq, last_hash, account, alert_below, last_at = head
+    now_ms = max(now_ms, last_at or 0)
     after = Micros(balance + amount_micros)
     if abs(after) > MICROS_MAX:
         raise Refused("the balance would pass a billion dollars: nothing was changed")
@@ -176,6 +199,8 @@ def append(
         hash=digest,
     )
     tx.run(_MOVE_HEAD, account=account_id, balance=after, seq=seq, hash=digest, unhold=unhold_micros)
+    if alert_below is not None:
+        alerts.balance_moved(tx, account, alert_below, balance, after, now_ms=now_ms)
     return Entry(account_id, seq, amount_micros, after)
 
 

@@ -35,6 +35,7 @@ class Metrics:
         self.uploads = Counter(
             "abhiapi_uploads", "Uploads begun at fal, without hold or charge", registry=self.registry
         )
+        self.alerts = Counter("abhiapi_alerts", "Alerts told, by kind", ["kind"], registry=self.registry)
         self.swept = Counter("abhiapi_holds_swept", "Holds released by the sweep", registry=self.registry)
         self.webhooks = Counter(
             "abhiapi_webhooks", "Attempts to deliver webhooks to customers, by what came of them", ["outcome"],

@@ -45,9 +45,11 @@ STEPS: tuple[Step, ...] = (
     _of_file("0003-webhooks.sql"),
     _of_file("0004-fal-prices.sql"),
     _of_file("0005-billing-events.sql"),
-    _of_file("0006-users.sql"),
-    _of_file("0007-entries-of-calls.sql"),
-    _of_file("0008-playground-keys.sql"),
+    _of_file("0006-limits-reports-alerts.sql"),
+    _of_file("0007-job-inputs.sql"),
+    _of_file("0008-users.sql"),
+    _of_file("0009-entries-of-calls.sql"),
+    _of_file("0010-playground-keys.sql"),
 )
 VERSION = 1 + len(STEPS)
 

@@ -17,6 +17,7 @@ Micros = NewType("Micros", int)
 MICROS_PER_USD = 1_000_000
 MICROS_PER_CREDIT = 1_000
 NANOS_PER_USD = 1_000_000_000
+NANOS_PER_MICRO = 1_000
 
 # The largest amount of one movement: a billion dollars. Sums of many still fit a signed 64-bit column.
 USD_MAX = 1_000_000_000
@@ -94,6 +95,13 @@ def usd_text(micros: int) -> str:
 def nanos_usd_text(nanos: int) -> str:
     """US dollars of an amount in nano-USD, exact, without trailing zeros."""
     return _fixed(nanos, 9)
+
+
+def margin_percent_text(earned_nanos: int, cost_nanos: int) -> str | None:
+    """What is left of what was earned, in percent with two decimals, rounded down; None where nothing was earned."""
+    if earned_nanos <= 0:
+        return None
+    return _fixed((earned_nanos - cost_nanos) * 10_000 // earned_nanos, 2)
 
 
 def credits(micros: int) -> Decimal:

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from time import monotonic
 from typing import Any
+from weakref import WeakValueDictionary
 
 import gevent
 import gevent.socket
 from gevent import monkey
+from gevent.lock import Semaphore
 from gevent.threadpool import ThreadPool
 
 from abhiapi.db import assert_no_transaction
@@ -25,7 +27,10 @@ from abhiapi.http_parser import HEAD_BYTES_MAX, HTTPParseError, Parser
 from abhiapi.webhookwire import Target
 
 RESOLVE_S = 5
-RESOLVERS = 24  # threads of their own: a name server that does not answer keeps nobody else's work waiting
+# Threads of their own. A look-up cannot be interrupted: one that nobody waits for any more keeps its thread until the
+# system gives up, so an account may have a few of them only, or one dead name server would take them all.
+RESOLVERS, RESOLVING_PER_ACCOUNT = 32, 4
+CLOSE_S = 1  # how long threads that hang in a look-up are waited for when the process ends
 CONNECT_S = 10  # for one address, the handshake of TLS included
 ADDRESSES_MAX = 4  # of a name, that are tried one after the other
 ANSWER_BYTES_MAX = 64 * 1024  # of an answer whose status is all we want
@@ -54,27 +59,33 @@ class Outbound:
         self._allowed = allowed
         self._lookup = lookup
         self._threads: ThreadPool | None = None  # made where it is used: it belongs to that thread's event loop
+        self._free = Semaphore(RESOLVERS)
+        # By account, as long as somebody waits or a thread is at work.
+        self._free_of: WeakValueDictionary[str, Semaphore] = WeakValueDictionary()
         self._context: Any = None
 
-    def resolve(self, target: Target) -> list[str]:
+    def resolve(self, target: Target, account: str = "") -> list[str]:
         """The addresses of a target, every one of them allowed. Raises `WebhookUrlRefused`, `NotDelivered`."""
-        if self._threads is None:
-            self._threads = ThreadPool(RESOLVERS)
-        looking: Any = self._threads.spawn(_caught, partial(self._lookup, target.host, target.port))
-        try:
-            addresses, error = looking.get(timeout=RESOLVE_S)
-        except gevent.Timeout as late:
-            raise NotDelivered(f"the name {target.host} was not resolved within {RESOLVE_S} s") from late
+        with gevent.Timeout(RESOLVE_S, NotDelivered(f"the name {target.host} was not resolved within {RESOLVE_S} s")):
+            addresses, error = self._looked_up(target, account)
         if error is not None or not addresses:
             raise NotDelivered(f"the name {target.host} cannot be resolved") from error
         if not all(map(self._allowed, addresses)):
             raise WebhookUrlRefused(f"the webhook's host {target.host} is not at a public address")
         return list(addresses)
 
-    def post(self, target: Target, headers: Iterable[tuple[str, str]], body: bytes, *, timeout_s: int) -> int:
+    def post(
+        self,
+        target: Target,
+        headers: Iterable[tuple[str, str]],
+        body: bytes,
+        *,
+        timeout_s: int,
+        account: str = "",
+    ) -> int:
         """POST once and tell the status. Raises `WebhookUrlRefused`, `NotDelivered`."""
         assert_no_transaction()
-        addresses = self.resolve(target)
+        addresses = self.resolve(target, account)
         lines = [
             f"POST {target.path} HTTP/1.1",
             f"Host: {target.authority}",
@@ -93,7 +104,30 @@ class Outbound:
 
     def close(self) -> None:
         if self._threads is not None:
-            self._threads.kill()
+            gevent.spawn(self._threads.kill).join(CLOSE_S)
+
+    def _looked_up(self, target: Target, account: str) -> tuple[list[str], BaseException | None]:
+        """Look a name up in a thread. The places are taken until the thread has ended, whoever still waits for it."""
+        if self._threads is None:
+            self._threads = ThreadPool(RESOLVERS)
+        free_of_account = self._free_of.setdefault(account, Semaphore(RESOLVING_PER_ACCOUNT))
+        taken: list[Semaphore] = []
+
+        def give_back(*_: object) -> None:
+            while taken:
+                taken.pop().release()
+
+        try:
+            for free in (free_of_account, self._free):
+                free.acquire()
+                taken.append(free)
+            looking: Any = self._threads.spawn(_caught, partial(self._lookup, target.host, target.port))
+        except BaseException:
+            give_back()
+            raise
+        looking.rawlink(give_back)
+        found: tuple[list[str], BaseException | None] = looking.get()
+        return found
 
     def _exchange(self, target: Target, addresses: list[str], request: bytes) -> int:
         sock = self._connected(target, addresses)

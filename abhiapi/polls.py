@@ -25,7 +25,6 @@ POLLS_PER_SECOND = 1_000  # per key; ten polls a second for each of a hundred jo
 POLLS_AT_ONCE = 2_000
 OPEN_MAX = 500  # status streams and large results of one account on their way at once
 BUCKETS_MAX = 4_096
-KEPT_MAX = 10_000
 
 
 class Shared(Generic[T]):
@@ -82,8 +81,6 @@ class Polls:
     def __init__(self) -> None:
         self.statuses: Shared[Any] = Shared(FRESH_S)
         self.settling: Shared[Any] = Shared(0)
-        # What a job asked for and its price, for the answers that come without units; kept as long as there is room.
-        self.asked: dict[int, Any] = {}
         self._buckets: dict[int, tuple[float, float]] = {}
         self._open: Counter[int] = Counter()
 
@@ -113,8 +110,3 @@ class Polls:
                 del self._open[account_id]
 
         return close
-
-    def keep_asked(self, call_id: int, asked: Any) -> None:
-        while len(self.asked) >= KEPT_MAX:
-            del self.asked[next(iter(self.asked))]
-        self.asked[call_id] = asked

@@ -11,15 +11,13 @@ request id is, is decided from our own rows before fal is asked, since fal would
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator
-from time import monotonic
+from collections.abc import Callable
 
-from abhiapi import admission, calls, encodings, jobs, jsonbytes, keys, metering, pricing, queuewire, settlement, wire
+from abhiapi import admission, calls, jobs, keys, metering, pricing, queuewire, settlement, wire
 from abhiapi.admission import WHOLE_BYTES_MAX, Call, Outcome, Reply, Request
 from abhiapi.db import Tx
 from abhiapi.errors import (
     AbhiError,
-    BodyIncomplete,
     ChargeNotRecorded,
     DatabaseUnavailable,
     MethodNotAllowed,
@@ -29,23 +27,21 @@ from abhiapi.errors import (
     UpstreamError,
     UpstreamRefused,
 )
-from abhiapi.fal import FalReply
 from abhiapi.ids import call_text
 from abhiapi.jobs import Job
 from abhiapi.metering import Verdict
 from abhiapi.money import Micros
+from abhiapi.queue_bodies import ResultBody, StatusEvents, rewritten
 from abhiapi.replay import once
 from abhiapi.runtime import Runtime
-from abhiapi.settings import SLOW_CALLER_S
 from abhiapi.settlement import Seen
 from abhiapi.webhook_intake import want, wished
 
 log = logging.getLogger("abhiapi")
 
 SUBMIT_BYTES_MAX = 1024 * 1024  # of fal's answer to a submit
-ASKED_BYTES_MAX = 4 * 1024  # a request up to this size is kept in memory for an answer without units
+ASKED_BYTES_MAX = 4 * 1024  # a request up to this size is kept for an answer without units
 STREAM_MAX_S = 86_400  # how long a status stream may be silent, all in all: a job may wait in fal's queue for hours
-EVENT_BYTES_MAX = 16 * 1024 * 1024  # one line of a status stream
 
 _SUBMITTING = frozenset(("POST", "GET", "PUT", "PATCH", "DELETE"))  # HEAD and OPTIONS would hold for nothing
 
@@ -62,7 +58,13 @@ def run(rt: Runtime, request: Request) -> Reply:
             return _submit(rt, caller, call_id, request, dialect, route.target)
 
         return admission.within_limits(rt, request, once(submit))
+    return _about_job(rt, request, route)
+
+
+def _about_job(rt: Runtime, request: Request, route: queuewire.Route) -> Reply:
+    """An answer about a job; each names the job and its call once it is known whose it is."""
     key, dialect = wire.caller_key(request.headers)
+    job: Job | None = None
     try:
         caller = rt.authenticate(key, may_be_suspended=True)  # who has paid may have what was paid for
         rt.polls.allow(caller.key_id)
@@ -74,12 +76,16 @@ def run(rt: Runtime, request: Request) -> Reply:
             return _not_found(rt)
         rt.polls.check_open(caller.account_id)
         reply = _ANSWERS[route.action](rt, job, request, dialect)
+        if not isinstance(reply.body, bytes):
+            reply.body.when_closed = rt.polls.opened(caller.account_id)
     except AbhiError as error:
         # Whatever the dialect: asking about a job costs nothing, so a client that repeats a 502 or 504 does well.
-        return admission.refusal(rt, error, "table")
-    if not isinstance(reply.body, bytes):
-        reply.body.when_closed = rt.polls.opened(caller.account_id)
-    return admission.with_headers(reply, [("x-abhiapi-call-id", call_text(job.call.call_id))])
+        reply = admission.refusal(rt, error, "table")
+    if job is not None:
+        reply.headers.append(("x-abhiapi-call-id", call_text(job.call.call_id)))
+        if all(name.lower() != "x-fal-request-id" for name, _ in reply.headers):  # clients look for it: 10.2, no. 9
+            reply.headers.append(("x-fal-request-id", job.request_id))
+    return reply
 
 
 # --- submit -----------------------------------------------------------------------------------------------------
@@ -93,18 +99,17 @@ def _submit(
         raise MethodNotAllowed("a job is submitted with POST", allowed="POST")
     model, _ = wire.endpoint_of(path)
     price = rt.catalogue(caller.price_version).price_of(model)
-    query, webhook_url = wished(rt, call_id, wire.forwarded_query(request.query))
+    query, webhook_url = wished(rt, call_id, wire.forwarded_query(request.query), caller.account)
     headers = wire.request_headers(request.headers.items())
     body = request.read_body()
     ceiling = pricing.ceiling(price, body.call_input)
     open_call = calls.OpenCall(call_id, caller.account_id, caller.key_id, model, ceiling.amount_micros)
     admission.hold(rt, caller, open_call, price, "queue", request.claim, basis=ceiling.basis)
-    call = Call(open_call, price, body.call_input, dialect, webhook_url=webhook_url)
+    asked = body.content if isinstance(body.content, bytes) and len(body.content) <= ASKED_BYTES_MAX else None
+    call = Call(open_call, price, body.call_input, dialect, webhook_url=webhook_url, asked=asked)
     try:
         reply = rt.fal_queue.send(request.method, path + ("?" + query if query else ""), headers, body.content)
         seen = settlement.read_whole(reply, SUBMIT_BYTES_MAX)
-        if isinstance(body.content, bytes) and len(body.content) <= ASKED_BYTES_MAX:
-            rt.polls.keep_asked(call_id, (price, body.call_input))
         return _submitted(rt, call, seen, request.base_url)
     except UpstreamError as error:
         # Where fal may have taken the job, its hold stands: nobody knows the id by which it could be settled.
@@ -123,8 +128,9 @@ def _submitted(rt: Runtime, call: Call, seen: Seen, base_url: str) -> Reply:
     model = call.open.model
     if seen.status in metering.OPERATOR_STATUSES:
         admission.settle(rt, call, metering.released("fal_refused_operator"), http_status=seen.status)
-        log.error("fal refused the operator's credential or account with status %d", seen.status)
-        return _ended_with(rt, call, UpstreamRefused("fal does not accept jobs from this service: nothing was charged"))
+        admission.fal_refused(rt, seen.status)
+        refused = UpstreamRefused("fal does not accept jobs from this service: nothing was charged")
+        return admission.refusal(rt, refused, call.dialect)
     body, outcome = seen.body, Outcome(Micros(0), Micros(0))
     if 200 <= seen.status < 300:
         request_id = queuewire.request_id_of(body)
@@ -132,7 +138,7 @@ def _submitted(rt: Runtime, call: Call, seen: Seen, base_url: str) -> Reply:
             raise UpstreamBroken("fal's answer to the submit names no job")
         balance = _remember(rt, call, request_id, seen.status)
         outcome = Outcome(Micros(0), balance)
-        body = _rewritten(rt, body, base_url, model, request_id)
+        body = rewritten(rt, body, base_url, model, request_id)
     else:
         verdict = metering.verdict(call.price, seen.status, _values(seen, metering.UNITS_HEADER), call.call_input, None)
         outcome = admission.settle(rt, call, verdict, http_status=seen.status)
@@ -145,6 +151,8 @@ def _remember(rt: Runtime, call: Call, request_id: str, http_status: int) -> Mic
 
     def remember(tx: Tx) -> Micros:
         jobs.remember(tx, call.open, request_id, http_status=http_status)
+        if call.asked is not None:
+            jobs.keep_input(tx, call.open.call_id, call.asked)
         if call.webhook_url is not None:
             want(tx, call.open, call.webhook_url, now_ms=now)
         return Micros(jobs.outcome(tx, call.open.call_id)[1])
@@ -153,6 +161,8 @@ def _remember(rt: Runtime, call: Call, request_id: str, http_status: int) -> Mic
         balance = rt.write(remember, patience_s=settlement.SETTLE_PATIENCE_S)
     except DatabaseUnavailable as error:
         rt.settle_later(remember, call.open.call_id)
+        # Should this process die before the database takes it, the operator finds the job by this line alone.
+        log.error("%s is fal's job %s, which could not be written yet", call_text(call.open.call_id), request_id)
         raise ChargeNotRecorded(
             "fal accepted the job, and that could not be written down yet. It is settled by itself later"
         ) from error
@@ -176,9 +186,11 @@ def _remember(rt: Runtime, call: Call, request_id: str, http_status: int) -> Mic
 def _status(rt: Runtime, job: Job, request: Request, dialect: wire.Dialect) -> Reply:
     """A job's status as fal tells it, with the charge from the moment on that it shows COMPLETED."""
     seen = settlement.status(rt, job, with_logs=queuewire.wants_logs(request.query))
-    is_complete = queuewire.status_of(seen.body) == "COMPLETED"
-    outcome = settlement.settle(rt, job) if is_complete else settlement.known(rt, job)
-    body = _rewritten(rt, seen.body, request.base_url, job.call.model, job.request_id)
+    shown = queuewire.status_of(seen.body)
+    outcome = settlement.settle(rt, job) if shown == "COMPLETED" else settlement.known(rt, job)
+    if shown in queuewire.PENDING:  # whatever has become of it since fal said so
+        outcome = Outcome(Micros(0), outcome.balance_micros)
+    body = rewritten(rt, seen.body, request.base_url, job.call.model, job.request_id)
     return _whole(rt, job.call.model, seen.status, seen.headers, body, outcome, dialect)
 
 
@@ -201,7 +213,7 @@ def _result(rt: Runtime, job: Job, request: Request, dialect: wire.Dialect) -> R
     target = queuewire.job_path(job.call.model, job.request_id, "result") + ("?" + query if query else "")
     reply = settlement.fetch(rt, target, wire.request_headers(request.headers.items()))
     try:
-        settlement.refuse_operators_trouble(reply.status)
+        settlement.refuse_operators_trouble(rt, reply.status)
         if outcome is None:  # it ran a moment ago; an answer says that it has completed since
             outcome = settlement.settle(rt, job) if 200 <= reply.status < 300 else settlement.known(rt, job)
         body = ResultBody(reply, wire.billing_member(job.call.model, outcome.charge_micros, outcome.balance_micros))
@@ -221,8 +233,7 @@ def _result(rt: Runtime, job: Job, request: Request, dialect: wire.Dialect) -> R
 def _cancel(rt: Runtime, job: Job, request: Request, dialect: wire.Dialect) -> Reply:
     """A wish to cancel. It costs nothing and gives nothing back: the job's end does (contract 3.5)."""
     path = queuewire.job_path(job.call.model, job.request_id, "cancel")
-    headers = wire.request_headers(request.headers.items())
-    seen = settlement.read_whole(rt.fal_queue.send("PUT", path, headers, None))
+    seen = settlement.read_whole(rt.fal_queue.send("PUT", path, wire.request_headers(request.headers.items()), None))
     settlement.forget_status(rt, job)
     if 200 <= seen.status < 300 and not job.is_over:
         try:
@@ -251,13 +262,9 @@ def _not_found(rt: Runtime) -> Reply:
     return Reply(error.status, admission.json_headers(body), body)
 
 
-def _ended_with(rt: Runtime, call: Call, error: AbhiError) -> Reply:
-    return admission.refusal(rt, error, call.dialect)
-
-
 def _passed(rt: Runtime, job: Job, seen: Seen, dialect: wire.Dialect) -> Reply:
     """An answer that costs nothing, whatever the job will."""
-    settlement.refuse_operators_trouble(seen.status)
+    settlement.refuse_operators_trouble(rt, seen.status)
     balance = rt.reader.read(lambda tx: jobs.balance(tx, job))
     return _whole(rt, job.call.model, seen.status, seen.headers, seen.body, Outcome(Micros(0), balance), dialect)
 
@@ -282,111 +289,5 @@ def _shown_headers(rt: Runtime, headers: wire.Headers, *, is_changed: bool) -> w
     return wire.response_headers(headers, secret=wire.worth_hiding(rt.settings.fal_key), without=without)
 
 
-def _rewritten(rt: Runtime, document: bytes, base_url: str, model: str, request_id: str) -> bytes:
-    return queuewire.rewritten(
-        document, fal_url=rt.settings.fal_queue_url, base_url=base_url, model=model, request_id=request_id
-    )
-
-
 def _values(seen: Seen, name: str) -> list[str]:
     return [value for header, value in seen.headers if header.lower() == name]
-
-
-class ResultBody:
-    """A job's answer on its way to the caller, with its charge before the last brace. Nothing is left to settle."""
-
-    def __init__(self, reply: FalReply, member: bytes) -> None:
-        self._reply = reply
-        self._member = member
-        is_json = wire.is_json_type(reply.value("content-type"))
-        encoding = (reply.value("content-encoding") or "identity").strip().lower()
-        is_decoded = is_json and encoding in encodings.DECODABLE
-        self.is_json = is_json and (is_decoded or encoding == "identity")
-        self._read1 = encodings.DecodingReader(reply.read1) if is_decoded else reply.read1
-        dropped = "content-encoding" if is_decoded else ""
-        self.headers = [(name, value) for name, value in reply.headers if name.lower() != dropped]
-        self._read: list[bytes] = []
-        self._ended = False
-        self._pieces = self._iterate()
-        self.when_closed: Callable[[], None] = lambda: None
-
-    def read_whole(self, most: int) -> bytes | None:
-        """The whole body if it is short JSON or an error; else None, and what was read is kept for later."""
-        if not self.is_json and self._reply.status < 400:
-            return None
-        size = 0
-        while size <= most:
-            piece = self._read1()
-            if not piece:
-                self._ended = True
-                return b"".join(self._read)
-            self._read.append(piece)
-            size += len(piece)
-        return None
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self._pieces
-
-    def close(self) -> None:
-        self._pieces.close()
-        self._reply.close()
-        when_closed, self.when_closed = self.when_closed, lambda: None
-        when_closed()
-
-    def _iterate(self) -> Generator[bytes]:
-        splicer = jsonbytes.Splicer() if self.is_json else None
-        give_up = monotonic() + SLOW_CALLER_S
-        while piece := (self._read.pop(0) if self._read else b"" if self._ended else self._read1()):
-            ready = splicer.feed(piece) if splicer else piece
-            if ready:
-                yield ready
-            if monotonic() > give_up:
-                raise BodyIncomplete("the answer was read too slowly: it can be fetched again")
-        if splicer:
-            yield splicer.end(self._member)
-
-
-class StatusEvents:
-    """fal's status stream on its way to the caller, line by line."""
-
-    def __init__(self, rt: Runtime, job: Job, reply: FalReply, base_url: str) -> None:
-        self._rt, self._job, self._reply, self._base_url = rt, job, reply, base_url
-        self._pieces = self._iterate()
-        self._outcome: Outcome | None = None
-        self.when_closed: Callable[[], None] = lambda: None
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self._pieces
-
-    def close(self) -> None:
-        """A caller who goes away ends the stream at fal too: a status costs nothing."""
-        self._pieces.close()
-        self._reply.close()
-        when_closed, self.when_closed = self.when_closed, lambda: None
-        when_closed()
-
-    def _iterate(self) -> Generator[bytes]:
-        rest, last = b"", b"\n"
-        yield b""  # the head leaves now: fal may have nothing to say about the job for long
-        while piece := self._reply.read1():
-            *lines, rest = (rest + piece).split(b"\n")
-            if len(rest) > EVENT_BYTES_MAX:
-                raise UpstreamBroken("a line of fal's status stream has no end")
-            if lines:
-                yield b"".join(self._line(line) + b"\n" for line in lines)
-        if rest:
-            last = self._line(rest)
-            yield last
-        outcome = self._outcome or settlement.known(self._rt, self._job)
-        member = wire.billing_member(self._job.call.model, outcome.charge_micros, outcome.balance_micros)
-        yield (b"" if last.endswith(b"\n") else b"\n") + wire.billing_comment(member)
-
-    def _line(self, line: bytes) -> bytes:
-        """One line as it may leave: a status with our URLs, and settled if it shows the end."""
-        name, colon, value = line.partition(b":")
-        if name != b"data" or not colon:
-            return line
-        if queuewire.status_of(value) == "COMPLETED":
-            self._outcome = settlement.settle(self._rt, self._job)
-        rewritten = _rewritten(self._rt, value, self._base_url, self._job.call.model, self._job.request_id)
-        return name + colon + rewritten

@@ -30,6 +30,15 @@ _ACTIONS: dict[tuple[str, ...], Action] = {
 _SHORT_ACTIONS: dict[tuple[str, ...], Action] = _ACTIONS | {(): "status"}
 _NAMESPACES = frozenset(("workflows", "comfy"))  # whose apps have three segments (fal-protocol 3.2)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")  # fal's are UUIDs
+PENDING = frozenset(("IN_QUEUE", "IN_PROGRESS"))  # the statuses of a job that has not ended (fal-protocol 3.3)
+# Why a job failed at fal's own end: the request errors of fal-protocol 7.2 that are 5xx, which fal never bills.
+_FAILURES = frozenset(
+    """
+    request_timeout startup_timeout runner_scheduling_failure runner_connection_timeout runner_disconnected
+    runner_connection_refused runner_connection_error runner_incomplete_response runner_server_error internal_error
+    """.split()
+)
+_FAILED = re.compile(r"Invalid status code: 5\d\d")
 _URL_MEMBERS = {"status_url": "/status", "response_url": "", "cancel_url": "/cancel"}
 
 
@@ -88,6 +97,16 @@ def status_of(document: bytes) -> str | None:
     answer = jsonbytes.parse_object(document)
     status = answer.get("status") if answer else None
     return status if isinstance(status, str) else None
+
+
+def has_failed(document: bytes) -> bool:
+    """Whether a status tells of an end for which fal bills nothing, whatever its result then looks like."""
+    answer = jsonbytes.parse_object(document) or {}
+    error, kind = answer.get("error"), answer.get("error_type")
+    is_failure = isinstance(error, str) and (
+        _FAILED.fullmatch(error) is not None or (isinstance(kind, str) and kind in _FAILURES)
+    )
+    return is_failure and answer.get("status") == "COMPLETED"
 
 
 def rewritten(document: bytes, *, fal_url: str, base_url: str, model: str, request_id: str) -> bytes:

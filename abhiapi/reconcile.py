@@ -31,8 +31,7 @@ class Round:
     """What one round did, counted up as it goes.
 
     ``ended`` are the jobs of which nothing is left to find out at fal, whoever was first to see it: settled, released
-    or unknown. ``left`` are those that only the server which took them can settle; ``failed`` those that fal could not
-    tell about just now.
+    or unknown. ``failed`` are those that fal could not tell about just now.
     """
 
     looked_at: int = 0
@@ -40,7 +39,6 @@ class Round:
     settled: int = 0
     released: int = 0
     unknown: int = 0
-    left: int = 0
     failed: int = 0
 
 
@@ -55,10 +53,6 @@ def run_once(rt: Runtime, done: Round | None = None) -> Round:
     def look(job: Job) -> None:
         try:
             outcome = settlement.look(rt, job)
-        except settlement.LeftToServer as error:
-            done.left += 1
-            log.info("%s", error.message)
-            return
         except AbhiError as error:  # fal's or the database's trouble: the next round tries again
             done.failed += 1
             log.info("%s will be looked at again: %s", call_text(job.call.call_id), error.message)

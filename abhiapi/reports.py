@@ -1,6 +1,7 @@
 """What people read: calls, entries, usage, open holds. Read-only; every function takes an open transaction.
 
-Usage comes from the daily roll-up only, so a report costs the same at ten million calls as at ten. Lists are paged
+Usage comes from the roll-ups only: an account's from its days, all accounts' from the totals of days and models, and
+from the months and the days around them, so a report costs the same at ten million calls as at ten. Lists are paged
 by key, newest first: ``cursor`` is the last id or seq of the page before.
 """
 
@@ -11,17 +12,17 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import Select, bindparam, func, literal_column, select
+from sqlalchemy import Select, bindparam, func, literal_column, select, text
 
 from abhiapi import tables
 from abhiapi.calls import OPEN
+from abhiapi.days import EPOCH, day_number, month_after
 from abhiapi.db import Row, Tx
 from abhiapi.ids import key_text
-from abhiapi.money import Micros
+from abhiapi.money import Micros, margin_percent_text
 from abhiapi.spent import Spent
 
 Grouping = Literal["day", "model", "key", "account"]
-EPOCH = date(1970, 1, 1)
 FIRST = 2**63 - 1  # the cursor before the newest
 
 _c = tables.calls.c
@@ -29,6 +30,7 @@ _p = tables.price_versions.c
 _a = tables.accounts.c
 _e = tables.entries.c
 _u = tables.usage_daily.c
+_d = tables.usage_totals.c
 
 _CALL_COLUMNS = (
     _c.call_id,
@@ -149,6 +151,10 @@ class UsageRow:
     def margin_nano_usd(self) -> int:
         return self.charged_micros * 1000 - self.fal_cost_nano_usd
 
+    @property
+    def margin_percent(self) -> str | None:
+        return margin_percent_text(self.charged_micros * 1000, self.fal_cost_nano_usd)
+
 
 def newest_calls(tx: Tx, *, account_id: int | None = None, before: int = FIRST, most: int = 50) -> list[CallRow]:
     if account_id is None:
@@ -198,13 +204,20 @@ def usage(
     tx: Tx, by: Grouping, *, account_id: int | None = None, since: date | None = None, until: date | None = None
 ) -> list[UsageRow]:
     """Usage of the days from ``since`` to ``until``, both included (UTC days on which the calls ended)."""
-    rows = tx.all(_USAGE[by, account_id is not None], **_bounds(account_id, since, until))
+    first = day_number(since) if since else 0
+    last = day_number(until) if until else day_number(date.max)
+    if account_id is not None:
+        rows = tx.all(_OF_ACCOUNT[by], account=account_id, first=first, last=last)
+    elif by in ("day", "model"):
+        rows = tx.all(_TOTALS[by], first=first, last=last)
+    else:
+        rows = tx.all(_OVER_ALL[by], **_stretches(since, until))
     return [UsageRow(_group_text(by, group), calls, Micros(micros), nanos) for group, calls, micros, nanos in rows]
 
 
 def spent(tx: Tx, account_id: int, *, since: date, until: date) -> list[Spent]:
     """What an account spent, by day and model (UTC days on which the calls ended)."""
-    rows = tx.all(_SPENT, **_bounds(account_id, since, until))
+    rows = tx.all(_SPENT, account=account_id, first=day_number(since), last=day_number(until))
     return [Spent(EPOCH + timedelta(days=day), model, calls, Micros(micros)) for day, model, calls, micros in rows]
 
 
@@ -217,10 +230,6 @@ def total(rows: list[UsageRow]) -> UsageRow:
     )
 
 
-def day_number(day: date) -> int:
-    return (day - EPOCH).days
-
-
 def parse_day(text: str, *, today: date | None = None) -> date:
     """A day as ``2026-11-22`` or a span back from today such as ``7d``. Raises ValueError saying what is expected."""
     try:
@@ -231,28 +240,71 @@ def parse_day(text: str, *, today: date | None = None) -> date:
         raise ValueError(f"{text[:40]!r} is no day: write 2026-11-22, or 7d for a week ago") from error
 
 
-def _bounds(account_id: int | None, since: date | None, until: date | None) -> dict[str, int]:
-    bounds = {
-        "first": day_number(since) if since else 0,
-        "last": day_number(until) if until else day_number(date.max),
+def _stretches(since: date | None, until: date | None) -> dict[str, Any]:
+    """A time as whole months and the days before and after them, both included; empty where first is after last."""
+    first = day_number(since) if since else 0
+    last = day_number(until) if until else day_number(date.max)
+    opening = EPOCH if since is None else since if since.day == 1 else month_after(since)
+    after = None if until is None else until + timedelta(days=1)
+    closing = date.max if after is None else after.replace(day=1)  # the first day after the whole months
+    if opening >= closing:
+        return {"first_month": "1", "last_month": "0", "first": first, "last": last, "then": 1, "end": 0}
+    return {
+        "first_month": opening.isoformat()[:7],
+        "last_month": "9999-12" if until is None else (closing - timedelta(days=1)).isoformat()[:7],
+        "first": first,
+        "last": day_number(opening) - 1,
+        "then": 1 if until is None else day_number(closing),
+        "end": 0 if until is None else last,
     }
-    return bounds if account_id is None else bounds | {"account": account_id}
 
 
-def _usage_statement(by: Grouping, of_account: bool) -> Select[Any]:
+def _sums(of: Any) -> tuple[Any, ...]:
+    return func.sum(of.calls), func.sum(of.charged_micros), func.sum(of.fal_cost_nano_usd)
+
+
+def _of_account(by: str) -> Select[Any]:
+    """One account's usage: its rows of the daily roll-up lie side by side."""
     group: Any = {"day": _u.day, "model": _u.model, "key": _u.key_id, "account": _a.name}[by]
-    statement = select(group, func.sum(_u.calls), func.sum(_u.charged_micros), func.sum(_u.fal_cost_nano_usd)).where(
-        _u.day >= bindparam("first"), _u.day <= bindparam("last")
+    statement = select(group, *_sums(_u)).where(
+        _u.account_id == bindparam("account"), _u.day >= bindparam("first"), _u.day <= bindparam("last")
     )
     if by == "account":
         statement = statement.join_from(tables.usage_daily, tables.accounts, _u.account_id == _a.account_id)
-    if of_account:
-        statement = statement.where(_u.account_id == bindparam("account"))
     return statement.group_by(group).order_by(group)
 
 
-_GROUPINGS: tuple[Grouping, ...] = ("day", "model", "key", "account")
-_USAGE = {(by, of_account): _usage_statement(by, of_account) for by in _GROUPINGS for of_account in (True, False)}
+def _totals(by: str) -> Select[Any]:
+    group = _d[by]
+    statement = select(group, *_sums(_d)).where(_d.day >= bindparam("first"), _d.day <= bindparam("last"))
+    return statement.group_by(group).order_by(group)
+
+
+# All accounts' usage: whole months from the monthly roll-up, the days around them account by account from the daily
+# one. CROSS JOIN keeps SQLite to that order: each account's days lie side by side, those of one day do not.
+_BY_KEY = text(
+    "SELECT key_id, SUM(calls), SUM(charged), SUM(cost) FROM ("
+    " SELECT key_id, calls, charged_micros AS charged, fal_cost_nano_usd AS cost FROM usage_monthly"
+    "  WHERE month BETWEEN :first_month AND :last_month"
+    " UNION ALL SELECT u.key_id, u.calls, u.charged_micros, u.fal_cost_nano_usd FROM accounts a"
+    "  CROSS JOIN usage_daily u ON u.account_id = a.account_id AND u.day BETWEEN :first AND :last"
+    " UNION ALL SELECT u.key_id, u.calls, u.charged_micros, u.fal_cost_nano_usd FROM accounts a"
+    "  CROSS JOIN usage_daily u ON u.account_id = a.account_id AND u.day BETWEEN :then AND :end"
+    ") GROUP BY key_id ORDER BY key_id"
+)
+_BY_ACCOUNT = text(
+    "SELECT n.name, SUM(p.calls), SUM(p.charged), SUM(p.cost) FROM ("
+    " SELECT account_id, SUM(calls) AS calls, SUM(charged_micros) AS charged, SUM(fal_cost_nano_usd) AS cost"
+    "  FROM usage_monthly WHERE month BETWEEN :first_month AND :last_month GROUP BY account_id"
+    " UNION ALL SELECT a.account_id, SUM(u.calls), SUM(u.charged_micros), SUM(u.fal_cost_nano_usd) FROM accounts a"
+    "  CROSS JOIN usage_daily u ON u.account_id = a.account_id AND u.day BETWEEN :first AND :last GROUP BY a.account_id"
+    " UNION ALL SELECT a.account_id, SUM(u.calls), SUM(u.charged_micros), SUM(u.fal_cost_nano_usd) FROM accounts a"
+    "  CROSS JOIN usage_daily u ON u.account_id = a.account_id AND u.day BETWEEN :then AND :end GROUP BY a.account_id"
+    ") p JOIN accounts n ON n.account_id = p.account_id GROUP BY p.account_id ORDER BY n.name"
+)
+_TOTALS = {by: _totals(by) for by in ("day", "model")}
+_OF_ACCOUNT = {by: _of_account(by) for by in ("day", "model", "key", "account")}
+_OVER_ALL = {"key": _BY_KEY, "account": _BY_ACCOUNT}
 
 
 def _group_text(by: Grouping, group: Any) -> str:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import gevent
 from gevent.event import Event
 
-from abhiapi import addresses, keys, prices, pricing, processes, signing
+from abhiapi import addresses, alerts, keys, prices, pricing, processes, signing
 from abhiapi.committer import GroupCommitter, Reader, in_thread
 from abhiapi.db import Database, Tx
 from abhiapi.errors import SettingsError
@@ -35,6 +35,7 @@ HOLD_PATIENCE_S = 3  # how long a call may wait for the database before it is re
 SETTLE_PATIENCE_S = 60  # how long a finished call's charge may wait before its answer is withheld
 SETTLE_LATER_S = 7 * 86_400  # and how long it is tried after that
 HEALTH_PATIENCE_S = 1
+CLOSE_PATIENCE_S = 15  # a command that ends beside a busy server waits for its turn
 REST_TIMEOUT_S = 30  # longest wait for fal's upload service, which only signs an address
 CATALOGUE_LASTS_MS = 600_000
 QUEUE_TIMEOUT_S = 120  # longest wait for an answer of fal's queue, which runs nothing while one waits
@@ -64,7 +65,6 @@ class Runtime:
     outbound: Outbound
     fal_keys: FalKeys
     now_ms: NowMs = system_now_ms
-    is_command: bool = False  # run by hand beside a server, which knows more of its own jobs (`settlement`)
     polls: Polls = field(default_factory=Polls)
     webhooks_due: Event = field(default_factory=Event)  # set where a webhook may have become due
     call_ids: CallIds = field(default_factory=CallIds)
@@ -75,6 +75,9 @@ class Runtime:
     price_ids: dict[tuple[str, ...], int] = field(default_factory=dict)
     answering: dict[int, Event] = field(default_factory=dict)  # calls whose answer may still be kept for a repeat
     working_on: set[int] = field(default_factory=set)  # calls that this process will end: no sweep touches them
+    standing: set[tuple[str, str]] = field(default_factory=set)  # alerts as of the last look: (kind, subject)
+    parked: int = 0  # ends of calls that wait for the database
+    oldest_hold_at: int | None = None  # as of the last look; None: nothing is held
 
     def write(self, op: Callable[[Tx], T], *, patience_s: float = HOLD_PATIENCE_S) -> T:
         """A durable write, in a transaction shared with other greenlets'."""
@@ -86,11 +89,37 @@ class Runtime:
         def settle() -> None:
             try:
                 self.write(op, patience_s=SETTLE_LATER_S)
+                self.parked -= 1
             except Exception:  # the last to hear of it: without this line the charge would vanish in silence
                 log.exception("the parked charge of %s was not written", call_text(call_id))
             self.working_on.discard(call_id)
 
+        self.parked += 1
+        self.alert("parked_charge", "charges", f"the end of {call_text(call_id)} could not be written, and waits")
         gevent.spawn(settle)
+
+    def alert(self, kind: str, subject: str, message: str) -> None:
+        """Raise an alert unless it stands already: written off the path of the call that met it."""
+        if (kind, subject) not in self.standing:
+            self.standing.add((kind, subject))
+            now = self.now_ms()
+            self._write_aside(lambda tx: alerts.raise_(tx, kind, subject, message, now_ms=now))
+
+    def all_clear(self, kind: str, subject: str) -> None:
+        """What an alert told of is over. Costs a look into a set where none stands."""
+        if (kind, subject) in self.standing:
+            self.standing.discard((kind, subject))
+            now = self.now_ms()
+            self._write_aside(lambda tx: alerts.clear(tx, kind, subject, now_ms=now))
+
+    def _write_aside(self, op: Callable[[Tx], object]) -> None:
+        def write() -> None:
+            try:
+                self.write(op, patience_s=SETTLE_LATER_S)
+            except Exception:  # an alert is no reason for trouble, and this is nobody's call
+                log.exception("an alert was not written")
+
+        gevent.spawn(write)
 
     def read_aside(self, op: Callable[[Tx], T]) -> T:
         """A longer read (lists, reports) on a snapshot, in a native thread."""
@@ -117,9 +146,13 @@ class Runtime:
             self._catalogue_version, self._catalogue_at = version, now
         return self._catalogue
 
+    def oldest_hold_s(self) -> int:
+        """The age of the oldest open hold, as of the last look; 0 when nothing is held."""
+        return 0 if self.oldest_hold_at is None else max(0, self.now_ms() - self.oldest_hold_at) // 1000
+
     def close(self) -> None:
         """End cleanly: nothing of this process's is left for a sweep."""
-        self.write(lambda tx: processes.end(tx, self.process_id, now_ms=self.now_ms()), patience_s=5)
+        self.write(lambda tx: processes.end(tx, self.process_id, now_ms=self.now_ms()), patience_s=CLOSE_PATIENCE_S)
         self.writer.close()
         self.reader.close()
         self.lock.release()
@@ -135,7 +168,6 @@ def start(
     *,
     now_ms: NowMs = system_now_ms,
     rules: tuple[pricing.PriceRule, ...] | None = None,
-    is_command: bool = False,
 ) -> Runtime:
     """Open everything that serving needs. Raises `SettingsError`, `SchemaError`, `DatabaseUnavailable`."""
     if settings.fal_key is None:
@@ -168,7 +200,8 @@ def start(
         outbound=Outbound(partial(addresses.is_allowed, with_loopback=settings.webhook_allow_loopback)),
         fal_keys=FalKeys(Fal(settings.fal_rest_url, None, timeout_s=FETCH_S), now_ms),
         now_ms=now_ms,
-        is_command=is_command,
     )
     metrics.gauge("abhiapi_in_flight", "Calls running just now", runtime.limits.in_flight)
+    metrics.gauge("abhiapi_alerts_standing", "Alerts that stand", lambda: len(runtime.standing))
+    metrics.gauge("abhiapi_oldest_open_hold_seconds", "Age of the oldest open hold", runtime.oldest_hold_s)
     return runtime

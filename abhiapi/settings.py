@@ -140,6 +140,20 @@ def _origins(value: str) -> frozenset[str]:
     return origins
 
 
+def _webhook_url(value: str) -> str | None:
+    """Kept to the letter; not shown, since such URLs hold their own credentials."""
+    if not value:
+        return None
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or not re.fullmatch(r"[\x21-\x7e]+", value):
+        raise ValueError("must be a URL such as https://hooks.example.com/abhiapi (the value is not shown here)")
+    try:
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError("has a port that is no number from 0 to 65535 (the value is not shown here)") from error
+    return value
+
+
 def _database_url(value: str) -> str:
     if not value:
         return default_database_url()
@@ -287,6 +301,14 @@ class Settings:
         "",
         "bearer token of `/metrics`; unset: loopback only",
         _credential,
+        secret=True,
+    )
+
+    alert_webhook_url: str | None = _setting(
+        "ABHIAPI_ALERT_WEBHOOK_URL",
+        "",
+        "where alerts are sent as JSON by POST; unset: the log and `/metrics` alone",
+        _webhook_url,
         secret=True,
     )
 

@@ -13,13 +13,12 @@ from typing import Any
 
 import gevent
 
-from abhiapi import admission, calls, jobs, jsonbytes, metering, processes, queuewire, reports, wire
+from abhiapi import admission, calls, jobs, jsonbytes, metering, queuewire, wire
 from abhiapi.admission import Outcome
 from abhiapi.db import Tx
 from abhiapi.errors import (
     AbhiError,
     DatabaseUnavailable,
-    Refused,
     UpstreamBroken,
     UpstreamError,
     UpstreamRefused,
@@ -42,10 +41,6 @@ NOT_FOUND_AFTER_MS = 60_000  # a job that fal does not know is given this long t
 UNAVAILABLE_AFTER_MS = 86_400_000  # a result that cannot be had for this long is the operator's to look into
 RETRIES = FETCHES = 4
 _PLAIN: wire.Headers = [("accept", "application/json"), ("accept-encoding", "identity")]
-
-
-class LeftToServer(Refused):
-    """A command met a job that only the running server can settle: it knows what was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,27 +88,30 @@ def fetch(rt: Runtime, target: str, headers: wire.Headers) -> FalReply:
 
 
 def status(rt: Runtime, job: Job, *, with_logs: bool) -> Seen:
-    """A job's status, at most a moment old. Raises `Upstream*`."""
+    """A job's status, at most a moment old, and never from before an end that our books know. Raises `Upstream*`."""
 
     def look() -> Seen:
         path = queuewire.job_path(job.call.model, job.request_id, "status")
         seen = read_whole(fetch(rt, f"{path}?logs={int(with_logs)}", _PLAIN))
-        refuse_operators_trouble(seen.status)
+        refuse_operators_trouble(rt, seen.status)
         return seen
 
     seen: Seen = rt.polls.statuses.get((job.call.call_id, with_logs), look)
+    if job.is_over and queuewire.status_of(seen.body) in queuewire.PENDING:
+        seen = rt.polls.statuses.get((job.call.call_id, with_logs, "over"), look)
     return seen
 
 
 def forget_status(rt: Runtime, job: Job) -> None:
     for with_logs in (False, True):
         rt.polls.statuses.forget((job.call.call_id, with_logs))
+        rt.polls.statuses.forget((job.call.call_id, with_logs, "over"))
 
 
-def refuse_operators_trouble(http_status: int) -> None:
+def refuse_operators_trouble(rt: Runtime, http_status: int) -> None:
     """Raises `UpstreamRefused`: fal's words about the operator's account are not for customers."""
     if http_status in metering.OPERATOR_STATUSES:
-        log.error("fal refused the operator's credential or account with status %d", http_status)
+        admission.fal_refused(rt, http_status)
         raise UpstreamRefused("fal does not answer this service just now: nothing was changed, try again later")
 
 
@@ -156,14 +154,24 @@ def _settle(rt: Runtime, job: Job) -> Outcome:
         except UpstreamError as error:
             log.info("the result of %s could not be looked at: %s", call_text(job.call.call_id), error.message)
             continue
+        if verdict is None and reply.status >= 500 and _has_failed(rt, job):
+            verdict = metering.released("fal_5xx")
         if verdict is not None:
             return _end(rt, job, verdict, http_status=reply.status)
         if meaning == "gone" and (outcome := _gone(rt, job)) is not None:
             return outcome
-        refuse_operators_trouble(reply.status)
+        refuse_operators_trouble(rt, reply.status)
     if rt.now_ms() - job.created_at > UNAVAILABLE_AFTER_MS:
         return _end(rt, job, Verdict("unknown", reason="result_not_available"), http_status=None)
     raise UpstreamError("fal cannot show the finished job's result just now: try again")
+
+
+def _has_failed(rt: Runtime, job: Job) -> bool:
+    """Whether fal's status says so, where the result's 5xx might be an ingress's that knows nothing of the job."""
+    try:
+        return queuewire.has_failed(status(rt, job, with_logs=False).body)
+    except UpstreamError:
+        return False
 
 
 def _judged(rt: Runtime, job: Job, reply: FalReply) -> tuple[queuewire.Meaning, Verdict | None]:
@@ -171,8 +179,6 @@ def _judged(rt: Runtime, job: Job, reply: FalReply) -> tuple[queuewire.Meaning, 
     try:
         unit_headers = reply.values(metering.UNITS_HEADER)
         if metering.needs_answer(reply.status, unit_headers):
-            if rt.is_command:
-                _leave_to_server(rt, job)
             answer = _read_answer(reply)
             price, call_input = _asked(rt, job)
             return "final", metering.verdict(price, reply.status, unit_headers, call_input, answer)
@@ -204,35 +210,31 @@ def _read_answer(reply: FalReply) -> Mapping[str, Any] | None:
         return None
 
 
-def _leave_to_server(rt: Runtime, job: Job) -> None:
-    """Raises `LeftToServer` where the process that took a job lives: it has in memory what the job asked for."""
-    process_id, pid, _deadline_at = rt.reader.read(lambda tx: reports.keeper(tx, job.call.call_id))
-    if not processes.reap(rt.database.path, process_id, pid):
-        raise LeftToServer(f"{call_text(job.call.call_id)} has no units: it is left to the server that took it")
-
-
 def _asked(rt: Runtime, job: Job) -> tuple[Price, Mapping[str, Any]]:
-    """The price at submission and what was asked for. The latter is not kept on disk, so after a restart an answer
-    without units cannot be computed: it becomes the operator's."""
-    asked = rt.polls.asked.get(job.call.call_id)
-    if asked is not None:
-        price, call_input = asked
-        return price, call_input
+    """The price at submission, and what was asked for. Where the latter was too long to be kept, an answer without
+    units may not be computable: then it becomes the operator's, or fal's bill tells."""
     recorded = rt.reader.read(lambda tx: jobs.recorded_price(tx, job.price_id))
-    return (
-        Price(
-            model=job.call.model,
-            unit=recorded.unit,
-            unit_price_usd=recorded.unit_price_usd,
-            fal_unit_price_usd=recorded.fal_unit_price_usd,
-            margin=None,
-            hold_micros=None,
-            source=recorded.source,
-            updated_at="",
-            estimate=Estimate("none"),
-        ),
-        {},
+    document = rt.reader.read(lambda tx: jobs.input_of(tx, job.call.call_id))
+    call_input = {} if document is None else jsonbytes.parse_object(document) or {}
+    price = Price(
+        model=job.call.model,
+        unit=recorded.unit,
+        unit_price_usd=recorded.unit_price_usd,
+        fal_unit_price_usd=recorded.fal_unit_price_usd,
+        margin=None,
+        hold_micros=None,
+        source=recorded.source,
+        updated_at="",
+        estimate=Estimate("none") if document is None else _formula(rt, job, recorded.unit),
     )
+    return price, call_input
+
+
+def _formula(rt: Runtime, job: Job, unit: str) -> Estimate:
+    """How the units of this model are computed; none where its price has another unit by now."""
+    catalogue = rt.catalogue()
+    price = catalogue.price_of(job.call.model) if job.call.model in catalogue else None
+    return price.estimate if price is not None and price.unit == unit else Estimate("none")
 
 
 def _gone(rt: Runtime, job: Job) -> Outcome | None:
@@ -263,7 +265,6 @@ def _end(rt: Runtime, job: Job, verdict: Verdict, *, http_status: int | None) ->
         log.error("the charge of %s was refused by the ledger: %s", call_text(job.call.call_id), error.message)
         verdict = Verdict("unknown", units=verdict.units, reason="charge_refused")
         was_first, outcome = rt.write(lambda tx: finish(tx, verdict), patience_s=SETTLE_PATIENCE_S)
-    rt.polls.asked.pop(job.call.call_id, None)
     if was_first:
         rt.webhooks_due.set()
         admission.count(rt, job.call, verdict, outcome)

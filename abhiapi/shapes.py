@@ -10,10 +10,12 @@ from typing import Any
 
 from abhiapi import ids, money
 from abhiapi.accounts import Account
+from abhiapi.alerts import Alert
 from abhiapi.keys import Key
 from abhiapi.price_problems import Problem
 from abhiapi.pricing import Price, decimal_text
 from abhiapi.reports import CallRow, EntryRow, UsageRow
+from abhiapi.spending import Limits
 from abhiapi.users import Invite, User
 from abhiapi.webhooks import WebhookRow
 from abhiapi.webhookwire import without_query
@@ -34,7 +36,8 @@ def balance(row: Account, *, named: bool = True) -> Json:
     return {"account": row.name, **amounts} if named else amounts
 
 
-def key(row: Key, *, now_ms: int) -> Json:
+def key(row: Key, *, now_ms: int, limits: Limits | None = None) -> Json:
+    """A key; with its spending limits and its list of models where it has such."""
     return {
         "id": ids.key_text(row.key_id),
         "account": row.account,
@@ -44,7 +47,16 @@ def key(row: Key, *, now_ms: int) -> Json:
         "created_at": ids.time_text(row.created_at),
         "last_used_at": ids.time_text(row.last_used_at),
         "expires_at": ids.time_text(row.expires_at),
+        "day_limit": None if limits is None else _credits(limits.day_limit_micros),
+        "month_limit": None if limits is None else _credits(limits.month_limit_micros),
+        "day_spent": None if limits is None else money.credits(limits.day_spent_micros),
+        "month_spent": None if limits is None else money.credits(limits.month_spent_micros),
+        "models": None if row.models is None else row.models.split(" "),
     }
+
+
+def _credits(micros: int | None) -> Decimal | None:
+    return None if micros is None else money.credits(micros)
 
 
 def user(row: User) -> Json:
@@ -135,6 +147,8 @@ def usage(row: UsageRow, *, for_operator: bool = False) -> Json:
     if for_operator:
         shape["fal_cost_usd"] = Decimal(money.nanos_usd_text(row.fal_cost_nano_usd))
         shape["margin_usd"] = Decimal(money.nanos_usd_text(row.margin_nano_usd))
+        percent = row.margin_percent
+        shape["margin_percent"] = None if percent is None else Decimal(percent)
     return shape
 
 
@@ -186,4 +200,27 @@ def webhook(row: WebhookRow) -> Json:
         "created_at": ids.time_text(row.created_at),
         "ended_at": ids.time_text(row.ended_at),
         "resendable": row.state != "waiting" and bool(row.has_payload),
+    }
+
+
+def alert(row: Alert) -> Json:
+    return {
+        "alert_id": row.alert_id,
+        "kind": row.kind,
+        "subject": row.subject,
+        "message": row.message,
+        "raised_at": ids.time_text(row.raised_at),
+        "cleared_at": ids.time_text(row.cleared_at),
+        "delivered_at": ids.time_text(row.delivered_at),
+    }
+
+
+def alert_event(row: Alert) -> Json:
+    """What the operator's webhook gets."""
+    return {
+        "alert_id": row.alert_id,
+        "kind": row.kind,
+        "subject": row.subject,
+        "message": row.message,
+        "raised_at": ids.time_text(row.raised_at),
     }

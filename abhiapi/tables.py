@@ -26,13 +26,15 @@ def _table(name: str, columns: str) -> Table:
 accounts = _table(
     "accounts",
     "account_id:int! name:text plan:text status:text balance_micros:int held_micros:int last_seq:int last_hash:blob"
-    " created_at:int",
+    " created_at:int alert_below_micros:int?",
 )
 keys = _table(
     "keys",
     "key_id:int! account_id:int digest:blob last_four:text name:text? status:text created_at:int expires_at:int?"
-    " last_used_at:int? replaces_key_id:int?",
+    " last_used_at:int? replaces_key_id:int? limit_id:int? models:text?",
 )
+key_limits = _table("key_limits", "limit_id:int! day_limit_micros:int? month_limit_micros:int? created_at:int")
+key_spending = _table("key_spending", "limit_id:int! period:text! spent_micros:int")
 price_versions = _table(
     "price_versions",
     "price_id:int! model:text unit:text unit_price_usd:text fal_unit_price_usd:text source:text first_used_at:int",
@@ -74,6 +76,7 @@ idempotency_keys = _table(
     "idempotency_keys",
     "account_id:int! digest:blob! request_digest:blob call_id:int status:int? headers:text? body:blob? created_at:int",
 )
+job_inputs = _table("job_inputs", "call_id:int! document:blob")
 webhooks = _table(
     "webhooks",
     "call_id:int! account_id:int url:text state:text attempts:int next_attempt_at:int? last_status:int?"
@@ -89,3 +92,13 @@ invites = _table(
     "digest:blob! email:text account_id:int? is_operator:int purpose:text created_at:int expires_at:int used_at:int?",
 )
 playground_keys = _table("playground_keys", "account_id:int! key_id:int")
+usage_monthly = _table(
+    "usage_monthly",
+    "month:text! account_id:int! key_id:int! calls:int charged_micros:int fal_cost_nano_usd:int",
+)
+usage_totals = _table("usage_totals", "day:int! model:text! calls:int charged_micros:int fal_cost_nano_usd:int")
+alerts = _table(
+    "alerts",
+    "alert_id:int! kind:text subject:text message:text raised_at:int cleared_at:int? announced_at:int?"
+    " delivered_at:int? tries:int",
+)

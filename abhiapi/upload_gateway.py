@@ -34,7 +34,7 @@ def run(rt: Runtime, request: Request) -> Reply:
         headers = wire.request_headers(request.headers.items())
         reply = rt.fal_rest.send("POST", f"{request.path}?{request.query}", headers, body.content)
         seen = settlement.read_whole(reply, ANSWER_BYTES_MAX)
-        settlement.refuse_operators_trouble(seen.status)
+        settlement.refuse_operators_trouble(rt, seen.status)
         if 200 <= seen.status < 300:
             rt.metrics.uploads.inc()
         return _passed(rt, seen, dialect)

@@ -40,13 +40,15 @@ log = logging.getLogger("abhiapi")
 
 LOOK_S = 2  # how often the rows are looked at although nobody in this process said that one is due
 GATHER_MS = 50  # those that become due together are started together
-GRACE_MS = 60_000  # how long fal's own delivery is waited for, where fal knows our address
+GRACE_MS = 10_000  # how long fal's own delivery is waited for, where fal knows our address
 MAKING_AT_ONCE = 16
 DELIVERING_AT_ONCE, RETRYING_AT_ONCE = 256, 128
 PER_ACCOUNT, RETRYING_PER_ACCOUNT = 16, 4
 BYTES_AT_ONCE = 128 * 1024 * 1024
 LEASE_SPARE_S = 5
-MAKING_LEASE_MS = 180_000  # longer than the patience of `settlement.fetch`
+# A payload that takes longer to be made may be made twice, which harms nobody: the first one counts. What a killed
+# process was at is made by the next one after this.
+MAKING_LEASE_MS = 30_000
 DROP_EVERY_MS, DROP_BATCH = 3_600_000, 200
 _PLAIN: wire.Headers = [("accept", "application/json"), ("accept-encoding", "identity")]
 
@@ -100,6 +102,8 @@ class Deliveries:
         accounts = rt.reader.read(lambda tx: webhooks.accounts(tx, now_ms=now))
         first = self._chance(len(accounts)) if accounts else 0  # where places are short, everybody is first at times
         for account in accounts[first:] + accounts[:first]:
+            if self._delivering.free_count() < 1:
+                break  # whoever gives a place back starts the next round
             if self._of_account[account] < PER_ACCOUNT:
                 started += self._start_account(account, now)
         return started
@@ -157,7 +161,7 @@ class Deliveries:
 
     def _make(self, ready: Ready) -> None:
         rt, call_id = self._rt, ready.call_id
-        lease = rt.now_ms() + MAKING_LEASE_MS
+        lease = rt.now_ms() - self._grace_ms + MAKING_LEASE_MS  # rows are looked at when the grace has passed too
         if not rt.write(lambda tx: webhooks.lease(tx, ready, "waiting", until=lease)):
             return
         job = rt.reader.read(lambda tx: jobs.by_call(tx, call_id))
@@ -240,7 +244,8 @@ class Deliveries:
             ("Content-Type", "application/json"),
             *webhookwire.signed_headers(parcel.request_id, user_id, timestamp, signature),
         ]
-        return rt.outbound.post(webhookwire.target_of(parcel.url), headers, parcel.payload, timeout_s=timeout_s)
+        target = webhookwire.target_of(parcel.url)
+        return rt.outbound.post(target, headers, parcel.payload, timeout_s=timeout_s, account=parcel.account)
 
     def _end(
         self,

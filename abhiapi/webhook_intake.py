@@ -46,13 +46,13 @@ WAIT_S = 10  # fal's first try takes 15 s at most
 _settling = BoundedSemaphore(SETTLING_AT_ONCE)
 
 
-def wished(rt: Runtime, call_id: int, query: str) -> tuple[str, str | None]:
+def wished(rt: Runtime, call_id: int, query: str, account: str = "") -> tuple[str, str | None]:
     """The query for fal and the customer's URL, if one was given. Raises `WebhookUrlRefused`."""
     rest, url = webhookwire.take_wish(query)
     if url is None:
         return query, None
     try:
-        rt.outbound.resolve(webhookwire.target_of(url))
+        rt.outbound.resolve(webhookwire.target_of(url), account)
     except NotDelivered as error:
         raise WebhookUrlRefused(f"the webhook cannot be delivered: {error}") from error
     base_url = rt.settings.public_url

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sqlalchemy import bindparam, exists, func, insert, literal_column, null, select, update
+from sqlalchemy import ColumnElement, and_, bindparam, case, exists, func, insert, literal_column, null, select, update
 
 from abhiapi import calls, tables
 from abhiapi.db import Row, Tx
@@ -22,6 +22,7 @@ from abhiapi.ids import call_text
 
 State = Literal["waiting", "due", "delivered", "failed"]
 STATES: tuple[State, ...] = ("waiting", "due", "delivered", "failed")
+DELIVERED_KEPT_BYTES = 64 * 1024  # a larger payload is forgotten once it has been delivered: it fills the disk
 KEPT_MS = 7 * 86_400_000  # how long a payload is kept after the end, for `webhooks resend`
 
 _w = tables.webhooks.c
@@ -83,6 +84,7 @@ _LATER = (
     .where(_THIS, _w.state == bindparam("in_state"), _IS_LEASED)
     .values(next_attempt_at=bindparam("at"), last_status=bindparam("http_status"), last_error=bindparam("why"))
 )
+_TO_DELIVERED: ColumnElement[bool] = bindparam("new_state") == literal_column("'delivered'")
 _END = (
     update(tables.webhooks)
     .where(_THIS, _w.state == bindparam("in_state"), _IS_LEASED)
@@ -92,6 +94,7 @@ _END = (
         last_status=bindparam("http_status"),
         last_error=bindparam("why"),
         ended_at=bindparam("at"),
+        payload=case((and_(_TO_DELIVERED, func.length(_w.payload) > DELIVERED_KEPT_BYTES), null()), else_=_w.payload),
     )
 )
 _OLD = (
@@ -274,7 +277,10 @@ def resend(tx: Tx, call_id: int, *, now_ms: int) -> WebhookRow:
         raise Refused(f"the job of {call_text(call_id)} has not ended yet: its webhook is sent by itself when it has")
     if tx.run(_RESEND, call=call_id, at=now_ms) != 1:
         days = KEPT_MS // 86_400_000
-        raise Refused(f"the payload of {call_text(call_id)} is gone: it is kept for {days} days after the end")
+        raise Refused(
+            f"the payload of {call_text(call_id)} is gone: it is kept for {days} days after the end, a delivered one "
+            f"of more than {DELIVERED_KEPT_BYTES // 1024} KiB not at all"
+        )
     found = one(tx, call_id)
     assert found is not None
     return found

@@ -47,6 +47,10 @@ class Target:
         return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
 
 
+# What another reader of queries might take for the parameter: after a semicolon, or a blank.
+_WISH_WITHIN = re.compile(r"(?:^|;)\s*fal_webhook\s*(?:=|$)", re.IGNORECASE)
+
+
 def take_wish(query: str) -> tuple[str, str | None]:
     """A submit's query without ``fal_webhook``, however that is spelt, and its value. Raises `WebhookUrlRefused`."""
     if "webhook" not in query.lower() and "%" not in query:
@@ -56,6 +60,8 @@ def take_wish(query: str) -> tuple[str, str | None]:
         name, _, value = part.partition("=")
         if unquote_to_bytes(name).decode("latin-1").strip().lower() == "fal_webhook":
             wished.append(unquote_plus(value))
+        elif _WISH_WITHIN.search(unquote_plus(part)):
+            raise WebhookUrlRefused("write fal_webhook as a query parameter of its own: nothing was forwarded")
         else:
             kept.append(part)
     if not wished:

@@ -98,14 +98,17 @@ def endpoint_of(path: str) -> tuple[str, bool]:
     return endpoint, False
 
 
-def forwarded_query(query: str) -> str:
-    """The query to send on, byte for byte, less ``fal_jwt_token`` (fal-protocol 10.4). Raises `ForbiddenPath`."""
+def forwarded_query(query: str, *, without_webhook: bool = False) -> str:
+    """The query to send on, byte for byte, less ``fal_jwt_token`` (fal-protocol 10.4). Raises `ForbiddenPath`.
+
+    ``without_webhook``: ``fal_webhook`` means nothing where no job is submitted, and must not lead fal past us.
+    """
     if not _PLAIN_QUERY.fullmatch(query):
         raise ForbiddenPath("the query has blanks or control characters: send them percent-encoded")
-    if "fal_jwt_token" not in query.lower() and "%" not in query:
+    dropped = ("fal_jwt_token", "fal_webhook") if without_webhook else ("fal_jwt_token",)
+    if "fal_" not in query.lower() and "%" not in query:
         return query
-    kept = [part for part in query.split("&") if not _query_name(part).startswith("fal_jwt_token")]
-    return "&".join(kept)
+    return "&".join(part for part in query.split("&") if not _query_name(part).strip("+ ").startswith(dropped))
 
 
 def _query_name(part: str) -> str:

@@ -10,8 +10,9 @@ from time import monotonic
 
 import gevent
 
-from abhiapi import reconcile, runtime, sweep, sync, webhook_delivery
+from abhiapi import alerting, reconcile, runtime, sweep, sync, webhook_delivery
 from abhiapi.errors import AbhiError
+from abhiapi.operator_webhook import OperatorWebhook
 from abhiapi.settings import Settings
 from abhiapi.web import create_app
 
@@ -57,11 +58,26 @@ def sync_for_ever(rt: runtime.Runtime) -> None:
         gevent.sleep(min(PRICES_LOOK_S, rt.settings.prices_sync_s))
 
 
+def alert_for_ever(rt: runtime.Runtime) -> None:
+    """Tell the operator what needs one; beside everything else, since a webhook takes as long as it likes."""
+    url = rt.settings.alert_webhook_url
+    webhook = None if url is None else OperatorWebhook(url)
+    while True:
+        try:
+            alerting.run_once(rt, webhook)
+        except AbhiError as error:
+            runtime.log.warning("alerts will be looked at again: %s", error.message)
+        except Exception:  # as above: without this line nobody would ever be told of anything again
+            runtime.log.exception("the look for alerts failed and will be tried again")
+        gevent.sleep(rt.settings.reconcile_interval_s)
+
+
 rt = runtime.start(Settings.from_env())
 sweep.run_once(rt)  # holds of a process that was killed end before the first call comes in
 gevent.spawn(sweep_for_ever, rt)
 gevent.spawn(reconcile_for_ever, rt)
 gevent.spawn(webhook_delivery.Deliveries(rt).run_for_ever)
+gevent.spawn(alert_for_ever, rt)
 if rt.settings.prices_sync_s:
     gevent.spawn(sync_for_ever, rt)
 app = create_app(rt)

@@ -4,6 +4,7 @@ import math
 import os
 import platform
 import re
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -117,6 +118,21 @@ def machine(cores: Cores, folder: Path) -> str:
         f"Python {platform.python_version()}, {_versions('gunicorn', 'gevent', 'flask', 'sqlalchemy')}; "
         f"{_output('nginx', '-v').removeprefix('nginx version: ')}; Node.js {_output('node', '--version')}, "
         + ", ".join(f"{name} {number}" for name, number in express),
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def where(folder: Path, command: str) -> str:
+    """Where the figures of a benchmark without stacks come from, as a Markdown list."""
+    model = _first_match(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    memory_kib = int(_first_match(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text()) or 0)
+    lines = [
+        f"Machine: {model}, {os.cpu_count()} cores, {memory_kib / 1e6:.0f} GB; Linux {platform.release()}; databases "
+        f"on {_filesystem(folder)}; load average {os.getloadavg()[0]:.2f} before the start",
+        f"Commit: {_output('git', '-C', str(ROOT), 'describe', '--always', '--dirty') or 'none yet'}; "
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        f"Command: `{' '.join((command, *sys.argv[1:]))}`; Python {platform.python_version()}, "
+        f"SQLite {sqlite3.sqlite_version}",
     ]
     return "\n".join(f"- {line}" for line in lines)
 

@@ -108,8 +108,8 @@ class Upstream:
     received: list[Received] = field(default_factory=list)
 
     def answer(self, head: str, body: bytes) -> None:
-        """From now on, send these bytes: lines of a head without its end, and a body."""
-        data = head.replace("\n", "\r\n").encode("latin-1") + b"\r\n\r\n" + body
+        """From now on, send these bytes: lines of a head without its end, and a body. The connection ends with them."""
+        data = head.replace("\n", "\r\n").encode("latin-1") + b"\r\nConnection: close\r\n\r\n" + body
         self.script = lambda sock, received: sock.sendall(data)
 
 

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
-from abhiapi import accounts, calls, keys, ledger, prices, pricing, processes
+from abhiapi import accounts, calls, keys, ledger, prices, pricing, processes, spending
 from abhiapi.db import Database, Tx
 from abhiapi.metering import Verdict
 from abhiapi.money import Micros
@@ -95,6 +95,23 @@ class Customer:
             deadline_at=now + deadline_in_ms,
             created_at=now,
         )
+
+    def hold(self, amount_micros: Micros) -> None:
+        """Credit set aside for no call in particular."""
+        now = self.clock.now_ms
+        self.write(lambda tx: ledger.hold(tx, self.account_id, amount_micros, key_id=self.key_id, now_ms=now))
+
+    def limit(self, *, day: int | None = None, month: int | None = None) -> None:
+        """Spending limits of the key, in credits."""
+        in_a_day, in_a_month = (None if credits is None else credit(credits) for credits in (day, month))
+        self.write(
+            lambda tx: spending.set_limits(
+                tx, self.key_id, day_limit_micros=in_a_day, month_limit_micros=in_a_month, now_ms=self.clock.now_ms
+            )
+        )
+
+    def limits(self) -> spending.Limits | None:
+        return self.write(lambda tx: spending.of_key(tx, self.key_id, now_ms=self.clock.now_ms))
 
     def admit(self, held_micros: int = FLUX_MICROS, *, deadline_in_ms: int = MINUTE_MS) -> calls.OpenCall:
         """A call with its credit held."""

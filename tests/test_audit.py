@@ -17,9 +17,10 @@ from tests.rows import Customer
 
 @pytest.fixture
 def books(database: Database, clock: Clock) -> Database:
-    """Two accounts; one with a top-up, two charges, a refund and an open hold."""
+    """Two accounts; one with a top-up, two charges, a refund and an open hold, all by a key with a limit."""
     Customer.new(database, clock, name="other")
     customer = Customer.new(database, clock, name="ann")
+    customer.limit(day=500)
     first = customer.settle()
     customer.settle(10_000)
     customer.write(lambda tx: calls.refund(tx, first.call_id, Micros(250), now_ms=clock.now_ms))
@@ -62,6 +63,15 @@ ANN = "account_id = 2"
         (["UPDATE usage_daily SET calls = calls + 1"], "differs from its calls by -1 calls"),
         (["UPDATE usage_daily SET charged_micros = charged_micros - 1"], "0.001 credits"),
         (["UPDATE usage_daily SET fal_cost_nano_usd = 0"], "nano-USD"),
+        (["UPDATE usage_monthly SET calls = calls + 1"], "month 2026-11, key 2 differs from its days"),
+        (["DELETE FROM usage_monthly"], "by 2 calls, 36 credits"),
+        (
+            ["UPDATE usage_totals SET charged_micros = charged_micros + 1000"],
+            "differs from its accounts by 0 calls, -1",
+        ),
+        (["DELETE FROM usage_totals"], "the total of day 20775, fal-ai/flux/dev differs from its accounts by 2 calls"),
+        (["UPDATE key_spending SET spent_micros = spent_micros + 1"], "limit 1 in 2026-11-18: its calls spend 62.25"),
+        (["DELETE FROM key_spending WHERE period = '2026-11'"], "limit 1 in 2026-11: its calls spend 62.25, counted 0"),
         (["DELETE FROM usage_daily"], "differs from its calls by 2 calls"),
         (["UPDATE calls SET account_id = 1 WHERE charged_micros = 10000"], "charged 10"),
         ([f"UPDATE accounts SET last_hash = randomblob(32) WHERE {ANN}"], "does not match the hash of entry 4"),

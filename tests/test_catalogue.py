@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from datetime import date
 from decimal import Decimal
+from importlib.metadata import metadata
 from math import ceil
 from typing import Any
 
@@ -175,6 +177,7 @@ HELD: list[tuple[str, dict[str, Any], str]] = [
     ("fal-ai/sora-2/image-to-video/pro", {}, "2940"),
     ("fal-ai/hunyuan-video", {}, "866.25"),
     ("fal-ai/pixverse/v5/text-to-video", {}, "420"),
+    ("fal-ai/whisper", {"audio_url": "https://example.com/talk.mp3"}, "500"),
 ]
 
 # fal's recorded calls and units (fal-protocol 8.2), and what they cost the customer in credits at a margin of 5 %.
@@ -231,6 +234,14 @@ def test_every_entry_of_the_file_has_a_row_in_these_tables() -> None:
     for rule in RULES:
         entries.setdefault(id(rule.estimate), []).append(rule)
     assert [rules[0].model for rules in entries.values() if not tested & {rule.model for rule in rules}] == []
+
+
+def test_every_model_in_the_readme_of_fals_python_client_has_a_price() -> None:
+    """What a newcomer pastes first is not answered with `unpriced_model`."""
+    readme = metadata("fal-client").get_payload()
+    named = set(re.findall(r'"(fal-ai/[^"]+)"', str(readme)))
+    assert named == {"fal-ai/fast-sdxl", "fal-ai/whisper"}
+    assert {SHIPPED.price_of(model).model for model in named} == named
 
 
 def test_every_shipped_price_is_above_zero_and_says_where_and_when_it_was_seen() -> None:

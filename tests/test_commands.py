@@ -21,7 +21,9 @@ from tests.rows import Customer
 
 COMMANDS = [pytest.param(path, command, id=" ".join(path) or "abhiapi") for path, command in tree()]
 ACCOUNT_FIELDS = ["account", "plan", "status", "balance", "held", "available"]
-KEY_FIELDS = ["id", "account", "name", "masked", "status", "created_at", "last_used_at", "expires_at"]
+KEY_FIELDS = ["id", "account", "name", "masked", "status", "created_at", "last_used_at", "expires_at",
+    "day_limit", "month_limit", "day_spent", "month_spent", "models",
+]  # fmt: skip
 NEW_KEY_FIELDS = ["key", "id", "account", "name", "expires_at"]
 NOT_A_DATABASE = "this is a letter and no database, and long enough to be taken for neither\n" * 100
 

@@ -25,7 +25,7 @@ CALL_FIELDS = [
     *("usage_source", "fal_request_id", "created_at", "finished_at"),
 ]
 ENTRY_FIELDS = ["entry_id", "seq", "kind", "credits", "balance_after", "call_id", "ref", "note", "created_at", "hash"]
-USAGE_FIELDS = ["group", "calls", "credits", "cost_usd", "fal_cost_usd", "margin_usd"]
+USAGE_FIELDS = ["group", "calls", "credits", "cost_usd", "fal_cost_usd", "margin_usd", "margin_percent"]
 PRICE_FIELDS = ["model", "unit", "unit_price_usd", "fal_unit_price_usd", "margin", "source", "updated_at"]
 DAY_MS = 86_400_000
 
@@ -56,6 +56,7 @@ def test_usage_adds_up_by_every_grouping(cli: CommandLine, ann: Customer, clock:
         "cost_usd": Decimal("0.07875"),
         "fal_cost_usd": Decimal("0.075"),
         "margin_usd": Decimal("0.00375"),
+        "margin_percent": Decimal("4.76"),
     }
     groups = {
         "day": ["2026-11-18", "2026-11-19"],
@@ -69,7 +70,7 @@ def test_usage_adds_up_by_every_grouping(cli: CommandLine, ann: Customer, clock:
         assert [list(each) for each in usage["rows"]] == [USAGE_FIELDS] * len(expected)
         assert [each["group"] for each in usage["rows"]] == expected
         assert usage["total"] == row
-        for field in USAGE_FIELDS[1:]:
+        for field in USAGE_FIELDS[1:-1]:
             assert sum(each[field] for each in usage["rows"]) == usage["total"][field]
 
 
@@ -92,14 +93,15 @@ def test_usage_of_one_account_and_of_some_days(cli: CommandLine, ann: Customer, 
 def test_usage_as_csv_is_the_rows(cli: CommandLine, ann: Customer) -> None:
     ann.settle()
     assert cli("usage", "--by", "model", "--csv").stdout == (
-        f"group,calls,credits,cost_usd,fal_cost_usd,margin_usd\n{MODEL},1,26.25,0.02625,0.025,0.00125\n"
+        "group,calls,credits,cost_usd,fal_cost_usd,margin_usd,margin_percent\n"
+        f"{MODEL},1,26.25,0.02625,0.025,0.00125,4.76\n"
     )
 
 
 def test_small_amounts_are_printed_without_exponents(cli: CommandLine, ann: Customer) -> None:
     call = ann.admit()
     ann.finish(call, Verdict("settled", ann.open_call(1).held_micros, "1", "fal", 12))
-    assert cli("usage", "--csv").lines[1].endswith(",1,0.001,0.000001,0.000000012,0.000000988")
+    assert cli("usage", "--csv").lines[1].endswith(",1,0.001,0.000001,0.000000012,0.000000988,98.8")
     assert "0.000000012" in cli("usage").stdout
 
 

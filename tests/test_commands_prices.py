@@ -262,6 +262,14 @@ def test_a_margin_that_is_none_is_wrong_usage(cli: CommandLine, margin: str) -> 
     assert "--margin" in cli("prices", "replay", "--margin", margin).misused()
 
 
+def test_the_price_of_a_model_covers_its_stream(cli: CommandLine) -> None:
+    """The address of a stream, pasted: what POST /v1/estimate answers, and what a call holds."""
+    for command in (["estimate"], ["prices", "show"]):
+        told = cli(*command, "fal-ai/flux/dev/stream", "--json")
+        assert told.exit_code == 0
+        assert told.stdout == cli(*command, "fal-ai/flux/dev", "--json").stdout
+
+
 def test_estimate_tells_its_basis(cli: CommandLine, customer: Customer) -> None:
     """A guess, the dearest call, and what 99 of 100 cost: each says that it is."""
     guessed = "credits, a guess until 100 calls of this model have been charged"

@@ -42,6 +42,8 @@ STREAMS = [
     (b'data: {"n":1}\r\rdata: {"n":2}\r\r', {"n": 2}),
     (b'data: {"n":1}\n\ndata: {"n":2}', {"n": 2}),
     (b'data: {"n":1}\n\ndata: {"n":2}\n', {"n": 2}),
+    (b'data: {"n":1}\r\n\ndata: {"n":2}\r\n\n', {"n": 2}),
+    (b'data: {"n":1}\r\n\n\r\ndata: {"n":2}\n\r\n', {"n": 2}),
     (b'data: {"n":\ndata: 2}\n\n', {"n": 2}),
     (b'data: {"n":\r\ndata: 2}\r\n\r\n', {"n": 2}),
     (b'event: x\nid: 1\ndata: {"n":2}\n\n: ping\n\nid: 7\n\n', {"n": 2}),

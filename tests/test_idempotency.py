@@ -14,7 +14,7 @@ from typing import Any
 import gevent
 import pytest
 
-from abhiapi import admission, calls, idempotency, ledger, replay
+from abhiapi import admission, calls, idempotency, ledger, replay, settlement
 from abhiapi.errors import DatabaseUnavailable, UpstreamBroken, UpstreamTimeout, UpstreamUnreachable
 from abhiapi.http_adapter import FileBody
 from abhiapi.ids import call_text
@@ -276,6 +276,22 @@ def test_a_charge_that_waits_for_the_disk_is_waited_for(house: House, monkeypatc
         reply = repeat.get(timeout=20)
     assert error_of(reply) == (410, "idempotency_answer_gone")
     assert len(house.fal.sent) == charges(house) == 1
+
+
+def test_a_job_that_waits_for_the_disk_is_named_in_the_log(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Row 30 of B3: where the process dies before the disk takes it, fal's id stands nowhere else."""
+    monkeypatch.setattr(settlement, "SETTLE_PATIENCE_S", 0)
+    house.fal.answer = answer([JOB])
+    with closing(sqlite3.connect(house.rt.database.path, isolation_level=None)) as other:
+        house.fal.when_sent = lambda: other.execute("BEGIN IMMEDIATE")
+        assert error_of(ask(house, QUEUE)) == (500, "charge_not_recorded")
+        (said,) = [record.getMessage() for record in caplog.records if "job-1" in record.getMessage()]
+        other.execute("ROLLBACK")
+    assert error_of(ask(house, QUEUE)) == (410, "idempotency_answer_gone")
+    assert call_text(house.last().call_id) in said
+    assert house.last().fal_request_id == "job-1"
 
 
 def test_a_broken_submit_answer_that_is_large_is_not_kept(house: House) -> None:

@@ -28,42 +28,42 @@ def _entries(customer: Customer) -> list[reports.EntryRow]:
 
 
 def test_a_hold_takes_from_what_is_available_and_not_from_the_balance(customer: Customer) -> None:
-    customer.write(lambda tx: ledger.hold(tx, customer.account_id, credit(300)))
+    customer.hold(credit(300))
     assert customer.standing() == (1_000_000, 300_000)
     assert customer.account().available_micros == 700_000
 
 
 def test_a_hold_of_all_that_is_available_fits_and_a_micro_more_does_not(customer: Customer) -> None:
-    customer.write(lambda tx: ledger.hold(tx, customer.account_id, credit(999)))
+    customer.hold(credit(999))
     with pytest.raises(InsufficientCredits, match=r"needs 1\.001 credits and 1 are available"):
-        customer.write(lambda tx: ledger.hold(tx, customer.account_id, Micros(1001)))
+        customer.hold(Micros(1001))
     assert customer.standing() == (1_000_000, 999_000)
-    customer.write(lambda tx: ledger.hold(tx, customer.account_id, credit(1)))
+    customer.hold(credit(1))
     assert customer.standing() == (1_000_000, 1_000_000)
 
 
 def test_a_hold_of_nothing_fits_even_when_nothing_is_available(database: Database, clock: Clock) -> None:
     poor = Customer.new(database, clock, name="poor", credits=0)
-    poor.write(lambda tx: ledger.hold(tx, poor.account_id, Micros(0)))
+    poor.hold(Micros(0))
     assert poor.standing() == (0, 0)
 
 
 def test_a_debtor_is_refused_even_a_free_hold(customer: Customer) -> None:
     customer.write(lambda tx: ledger.adjust(tx, customer.account_id, credit(-1001), note="debt", now_ms=1))
     with pytest.raises(InsufficientCredits, match="-1 are available"):
-        customer.write(lambda tx: ledger.hold(tx, customer.account_id, Micros(0)))
+        customer.hold(Micros(0))
 
 
 def test_a_suspended_account_holds_nothing(customer: Customer) -> None:
     customer.write(lambda tx: accounts.set_status(tx, customer.account_id, "suspended"))
     with pytest.raises(AccountSuspended):
-        customer.write(lambda tx: ledger.hold(tx, customer.account_id, credit(1)))
+        customer.hold(credit(1))
     assert customer.standing() == (1_000_000, 0)
 
 
 def test_an_account_that_does_not_exist_holds_nothing(customer: Customer) -> None:
     with pytest.raises(AccountSuspended):
-        customer.write(lambda tx: ledger.hold(tx, 999, credit(1)))
+        customer.write(lambda tx: ledger.hold(tx, 999, credit(1), key_id=1, now_ms=1))
 
 
 def test_a_charge_ends_its_hold_and_writes_one_entry(customer: Customer) -> None:
@@ -90,7 +90,7 @@ def test_a_charge_of_zero_frees_the_hold_and_writes_no_entry(customer: Customer)
 
 
 def test_a_release_gives_the_whole_hold_back(customer: Customer) -> None:
-    customer.write(lambda tx: ledger.hold(tx, customer.account_id, credit(300)))
+    customer.hold(credit(300))
     assert customer.write(lambda tx: ledger.release(tx, customer.account_id, credit(300))) == 1_000_000
     assert customer.standing() == (1_000_000, 0)
 
@@ -209,7 +209,7 @@ def _hold_25_times(path: str, account_id: int) -> int:
     database, got = Database(f"sqlite:///{path}"), 0
     for _ in range(25):
         try:
-            database.write(lambda tx: ledger.hold(tx, account_id, FLUX_MICROS))
+            database.write(lambda tx: ledger.hold(tx, account_id, FLUX_MICROS, key_id=1, now_ms=1))
             got += 1
         except InsufficientCredits:
             pass

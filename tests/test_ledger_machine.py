@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from abhiapi import accounts, audit, calls, keys, ledger, prices, reports, runtime, sweep
+from abhiapi import accounts, audit, calls, keys, ledger, prices, reports, runtime, spending, sweep
+from abhiapi.days import periods
 from abhiapi.db import Tx
-from abhiapi.errors import InsufficientCredits, Refused
+from abhiapi.errors import InsufficientCredits, KeyLimitReached, Refused
 from abhiapi.metering import Verdict, released
 from abhiapi.money import Micros
 from tests.harness import Clock
@@ -60,6 +61,8 @@ class Books:
     held: dict[int, int] = field(default_factory=dict)  # open call -> its hold
     charged: dict[int, int] = field(default_factory=dict)  # settled call -> charge less refunds
     ended: int = 0
+    limits: tuple[int, int] | None = None  # of its key, in a day and a month
+    counted: dict[int, tuple[int, int]] = field(default_factory=dict)  # call -> (its admission, what it counts)
     debt_allowed: int = 0  # what charges took beyond their holds, and the operator took down
 
     @property
@@ -69,6 +72,16 @@ class Books:
     @property
     def available(self) -> int:
         return self.balance - sum(self.held.values())
+
+    def is_within_limits(self, amount: int, now_ms: int) -> bool:
+        """Whether the key may spend so much more, in this day and in this month."""
+        if self.limits is None:
+            return True
+        spent = [0, 0]
+        for admitted_at, counts in self.counted.values():
+            for which, (theirs, ours) in enumerate(zip(periods(admitted_at), periods(now_ms), strict=True)):
+                spent[which] += counts if theirs == ours else 0
+        return all(limit - used >= amount for limit, used in zip(self.limits, spent, strict=True))
 
 
 @dataclass(frozen=True)
@@ -101,7 +114,11 @@ class Ledger(RuleBasedStateMachine):
         _, key = keys.create(tx, account.account_id, name=None, expires_at=None, now_ms=now)
         ledger.topup(tx, account.account_id, start, ref=None, note=None, now_ms=now)
         self.price_id = prices.version_of(tx, flux(), now_ms=now)
-        return Books(account.account_id, key.key_id, amounts=[start])
+        books = Books(account.account_id, key.key_id, amounts=[start])
+        if name == "bob":
+            books.limits = day, month = credit(150), credit(400)
+            spending.set_limits(tx, key.key_id, day_limit_micros=day, month_limit_micros=month, now_ms=now)
+        return books
 
     @rule(step=STEPS)
     def step(self, step: tuple[Any, ...]) -> None:
@@ -145,12 +162,14 @@ class Ledger(RuleBasedStateMachine):
             now = self.clock.tick()
             call = calls.OpenCall(next(self.numbers), books.account_id, books.key_id, MODEL, amount)
             admission = calls.Admission(call, self.price_id, self.rt.process_id, "sync", now + deadline_in_ms, now)
-            if amount > books.available:
-                with pytest.raises(InsufficientCredits):
+            refusal = InsufficientCredits if amount > books.available else KeyLimitReached
+            if amount > books.available or not books.is_within_limits(amount, now):
+                with pytest.raises(refusal):
                     self.rt.write(lambda tx, admission=admission: calls.admit(tx, admission))
                 continue
             self.rt.write(lambda tx, admission=admission: calls.admit(tx, admission))
             books.held[call.call_id] = amount
+            books.counted[call.call_id] = now, amount
             self.held.append(Made(name, call, admission.deadline_at))
             assert books.available >= 0
 
@@ -161,6 +180,7 @@ class Ledger(RuleBasedStateMachine):
         balance = self._finish(made.call, released("upstream_timeout") if change is None else settled(charge))
         books = self.books[made.name]
         self._has_ended(made)
+        books.counted[made.call.call_id] = books.counted[made.call.call_id][0], charge
         if charge:
             books.amounts.append(-charge)
             books.charged[made.call.call_id] = charge
@@ -193,6 +213,7 @@ class Ledger(RuleBasedStateMachine):
         self.rt.write(lambda tx: calls.refund(tx, call_id, amount, now_ms=self.clock.tick()))
         books.amounts.append(wanted)
         books.charged[call_id] -= wanted
+        books.counted[call_id] = books.counted[call_id][0], books.charged[call_id]
 
     def crash(self) -> None:
         """As SIGKILL does it: the kernel closes what the process had open, and the next one sweeps what it held."""
@@ -234,6 +255,7 @@ class Ledger(RuleBasedStateMachine):
 
     def _has_ended(self, made: Made) -> None:
         books = self.books[made.name]
+        books.counted[made.call.call_id] = books.counted[made.call.call_id][0], 0  # the charge, if any, is put in after
         del books.held[made.call.call_id]
         books.ended += 1
         (self.held if made in self.held else self.unknown).remove(made)

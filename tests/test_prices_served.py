@@ -14,10 +14,13 @@ import requests
 
 from abhiapi import costs, fal_prices, timers
 from abhiapi.price_terms import FalPrice
+from abhiapi.pricing import shipped_rules
 from tests.harness import Books, Fal, Process, Server, environment, free_port, until
 
 FLUX, FLUX_MICROS = "fal-ai/flux/dev", 26_250
 CAT = {"prompt": "a cat", "image_size": "landscape_4_3"}
+
+MODELS = len(shipped_rules())  # the simulator serves these
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,7 @@ def credits_used(response: requests.Response) -> Decimal:
 
 def test_a_server_takes_fals_prices_over_at_its_first_start(synced: tuple[Server, Fal]) -> None:
     server, _ = synced
-    assert len(words(server.books)) == 176
+    assert len(words(server.books)) == MODELS
     assert server.books.read(lambda tx: timers.done_at(tx, "prices")) is not None
     row = shown(server, FLUX)
     assert row is not None
@@ -180,7 +183,11 @@ def test_the_simulators_prices_are_taken_over_under_sandbox(tmp_path: Path) -> N
     env = environment(ABHIAPI_DATABASE_URL=f"sqlite:///{tmp_path / 'sandbox.db'}")
     process = Process.start(["cli.py", "serve", "--sandbox", "--bind", f"127.0.0.1:{port}"], tmp_path / "log", env)
     try:
-        until(lambda: "fal's prices taken over: 176 models" in process.output(), what="the sync is told", within_s=30)
+        until(
+            lambda: f"fal's prices taken over: {MODELS} models" in process.output(),
+            what="the sync is told",
+            within_s=30,
+        )
         rows = requests.get(f"http://127.0.0.1:{port}/v1/prices", timeout=10).json()["prices"]
         assert {row["source"] for row in rows} == {"fal api"}
     finally:

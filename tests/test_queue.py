@@ -222,6 +222,42 @@ def test_a_status_stream_leads_here_and_ends_with_the_bill(shared_server: Server
     assert events[3] == jobs.status(request_id).json()["_billing"]
 
 
+def test_a_status_that_has_shown_the_end_never_goes_back(shared_server: Server, books: Books, fal: Fal) -> None:
+    """Row 25 of B3: an answer kept from before the job's end, of either kind of status, is not shown after it."""
+    _, key = books.account(1000)
+    jobs = Jobs(shared_server, key)
+    request_id = jobs.job(weather="hold_until=shown-late; queue_s=0")
+    paths = [f"/queue/fal-ai/flux/requests/{request_id}/status?logs={logs}" for logs in (0, 1)]
+    for path in paths:
+        assert jobs.get(path).json()["_billing"]["credits_used"] == 0
+    fal.release("shown-late")
+    result = jobs.result_when_ready(request_id)
+    for path in paths:
+        shown = jobs.get(path)
+        assert (shown.status_code, shown.json()["status"]) == (200, "COMPLETED")
+        assert shown.json()["_billing"] == result.json()["_billing"]
+
+
+def test_every_answer_about_a_job_names_it_and_its_call(shared_server: Server, books: Books, fal: Fal) -> None:
+    """fal-protocol 10.2, no. 9, and row 28 of B3: refusals of our own as well as what fal sends without a name."""
+    _, key = books.account(1000)
+    jobs = Jobs(shared_server, key)
+    submitted = jobs.submit(weather="hold_until=named; queue_s=0")
+    request_id = submitted.json()["request_id"]
+    base = f"/queue/fal-ai/flux/requests/{request_id}"
+    status, early = jobs.status(request_id), jobs.result(request_id)
+    fal.release("named")
+    result = jobs.result_when_ready(request_id)
+    locked = {"match": f"queue/cancel/{request_id}", "status": 403}
+    requests.post(fal.url + "/_sandbox/weather", json=locked, timeout=10).raise_for_status()
+    refused = jobs.cancel(request_id)
+    answers = [submitted, status, early, result, refused, jobs.cancel(request_id), jobs.get(f"{base}/status/stream")]
+    assert [answer.status_code for answer in answers] == [200, 202, 400, 200, 502, 400, 200]
+    for answer in answers:
+        assert answer.headers["x-fal-request-id"] == request_id
+        assert answer.headers["x-abhiapi-call-id"] == submitted.headers["x-abhiapi-call-id"]
+
+
 def test_polls_use_up_no_minute(fal: Fal, shared_server: Server, books: Books) -> None:
     _, key = books.account(1000)
     jobs = Jobs(shared_server, key)

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +367,26 @@ def test_the_docs_python_lines_work(site: Site, tmp_path: Path) -> None:
     }
     assert "26.25" in ran([sys.executable, "-c", script], env)
     assert site.charges() == 1
+
+
+def test_the_docs_python_lines_for_a_first_try_work_over_plain_http(site: Site) -> None:
+    """`make run` has no TLS, and the client knows nothing else."""
+    (script,) = snippet("python", "Python, to try it here")
+    env = site.env() | {"FAL_RUN_HOST": "fal.run", "FAL_QUEUE_RUN_HOST": "queue.fal.run"}
+    assert "26.25" in ran([sys.executable, "-c", script.replace("http://127.0.0.1:8000", site.server.url)], env)
+    assert site.charges() == 1
+
+
+def test_what_the_readme_of_fals_python_client_shows_works(site: Site, tmp_path: Path) -> None:
+    """All of its blocks, but the one whose upload goes to fal itself (docs/uploads.md)."""
+    (tmp_path / "path/to").mkdir(parents=True)
+    (tmp_path / "path/to/audio.wav").write_bytes(b"RIFF")
+    blocks = re.findall(r"```python\n(.*?)```", str(metadata("fal-client").get_payload()), re.DOTALL)
+    shown = [block for block in blocks if "upload_file" not in block]
+    assert (len(blocks), len(shown)) == (5, 4)
+    for block in shown:
+        assert ran([sys.executable, "-c", block], site.env(), tmp_path).strip()
+    assert site.charges() == 4
 
 
 def test_the_docs_javascript_lines_work(site: Site, node_folder: Path) -> None:

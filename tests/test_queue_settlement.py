@@ -176,6 +176,22 @@ def test_trouble_on_the_way_to_the_result_is_not_the_jobs(shared_server: Server,
     assert books.calls(account)[0].charged_micros == FLUX_MICROS
 
 
+@pytest.mark.parametrize("http_status", [500, 503])
+def test_a_job_that_fal_calls_failed_is_released_whoever_words_its_result(
+    shared_server: Server, books: Books, http_status: int
+) -> None:
+    """Row 43 of B5: a 5xx page without fal's id may be an ingress's, but not where the job's own status says error."""
+    account, key = books.account(1000)
+    customer = Jobs(shared_server, key)
+    request_id = customer.job(weather=f"status={http_status}; body=html")
+    status = customer.completed(request_id)
+    assert status.json()["error"]
+    assert status.json()["_billing"]["credits_used"] == 0
+    assert [(call.state, call.reason) for call in books.calls(account)] == [("released", "fal_5xx")]
+    assert books.standing(account) == (1_000_000, 0)
+    assert customer.result(request_id).status_code == http_status
+
+
 def test_a_poll_survives_trouble_on_the_way(shared_server: Server, books: Books, fal: Fal) -> None:
     """fal's Python client gives a job up at the first 502; so the proxy looks again before it answers."""
     _, key = books.account(1000)

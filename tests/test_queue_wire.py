@@ -175,6 +175,23 @@ def test_what_an_answer_to_the_result_means(
 
 
 @pytest.mark.parametrize(
+    ("status", "failed"),
+    [
+        (b'{"status":"COMPLETED","error":"Invalid status code: 500"}', True),
+        (b'{"status":"COMPLETED","error":"Request timed out","error_type":"request_timeout"}', True),
+        (b'{"status":"COMPLETED","error":"Invalid status code: 422"}', False),  # may cost money
+        (b'{"status":"COMPLETED","error":"Request was cancelled","error_type":"client_cancelled"}', False),
+        (b'{"status":"COMPLETED","error":null,"error_type":["request_timeout"]}', False),
+        (b'{"status":"COMPLETED"}', False),
+        (b'{"status":"IN_PROGRESS","error":"Invalid status code: 500"}', False),
+        (b"nginx", False),
+    ],
+)
+def test_which_statuses_tell_of_an_end_that_costs_nothing(status: bytes, failed: bool) -> None:
+    assert queuewire.has_failed(status) is failed
+
+
+@pytest.mark.parametrize(
     ("body", "request_id"),
     [
         (b'{"request_id":"%s"}' % JOB.encode(), JOB),

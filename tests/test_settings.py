@@ -15,6 +15,7 @@ from tests.harness import ROOT, environment, free_port
 
 BAD = {
     "FAL_KEY": "two words",
+    "FAL_ADMIN_KEY": "two words",
     "ABHIAPI_DATABASE_URL": "mysql://localhost/db",
     "ABHIAPI_LIMITS_URL": "memcached://here",
     "ABHIAPI_PUBLIC_URL": "example.com",
@@ -41,6 +42,7 @@ BAD = {
     "ABHIAPI_SECRET_KEY": "too-short",
     "ABHIAPI_OPEN_SIGNUP": "maybe",
     "ABHIAPI_FAL_USER_ID": "two words",
+    "ABHIAPI_ALERT_WEBHOOK_URL": "hooks.example.com/secret",
 }
 
 

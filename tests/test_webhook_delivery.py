@@ -268,6 +268,29 @@ def test_a_host_that_does_not_answer_keeps_no_other_account_waiting(desk: Desk, 
         assert len(dead.deliveries) == len(stuck)
 
 
+def test_while_every_place_is_taken_no_account_is_looked_at(
+    desk: Desk, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 5,000 accounts that wait, looking at each took 90 ms of the event loop, several times a second."""
+    monkeypatch.setattr(webhook_delivery, "DELIVERING_AT_ONCE", 1)
+    receiver.hold = threading.Event()
+    told = [desk.wanting(receiver.url())[1][0] for _ in range(3)]
+    desk.settle()
+    deliveries = Deliveries(desk.rt)
+    deliveries.start_round()
+    deliveries._making.join()
+    assert deliveries.start_round() == 1
+    looked: list[int] = []
+    due = webhooks.due
+    monkeypatch.setattr(webhooks, "due", lambda tx, account, **more: looked.append(account) or due(tx, account, **more))
+    assert (deliveries.start_round(), looked) == (0, [])
+    receiver.hold.set()
+    deliveries.run_until_idle()
+    deliveries._delivering.join()
+    deliveries.run_until_idle()
+    assert {desk.row(job).state for job in told} == {"delivered"}
+
+
 def test_of_two_payloads_the_first_counts(desk: Desk, receiver: Receiver) -> None:
     """fal's delivery and our own making of it may meet."""
     _, (job,) = desk.wanting(receiver.url())
@@ -317,6 +340,28 @@ def test_what_a_killed_process_was_at_is_taken_up_again(desk: Desk, receiver: Re
     assert [one.json for one in receiver.deliveries] == [{"made": 1}]
 
 
+@pytest.mark.parametrize("site", ["desk", "known"])
+def test_a_payload_that_was_being_made_at_a_kill_is_made_half_a_minute_later(
+    request: pytest.FixtureRequest, site: str, receiver: Receiver
+) -> None:
+    """Making is no delivery: doing it twice harms nobody, so the lease need not outlive the slowest answer of fal's."""
+    at: Desk = request.getfixturevalue(site)
+    _, (job,) = at.wanting(receiver.url())
+    at.settle()
+    at.clock.tick(webhook_delivery.GRACE_MS)
+    killed = Deliveries(at.rt)
+    assert killed.start_round() == 1
+    gevent.sleep(0)  # it has begun
+    while at.row(job).attempts == 0:
+        gevent.sleep(0.001)
+    killed._making.kill()
+    at.deliveries.run_until_idle()
+    assert receiver.deliveries == []
+    at.clock.tick(30_000)
+    at.deliveries.run_until_idle()
+    assert len(receiver.deliveries) == 1
+
+
 def test_old_payloads_are_forgotten_with_the_secrets_of_their_urls(desk: Desk, receiver: Receiver) -> None:
     _, (job,) = desk.wanting(receiver.url("/hook?token=secret"))
     desk.settle()
@@ -330,6 +375,20 @@ def test_old_payloads_are_forgotten_with_the_secrets_of_their_urls(desk: Desk, r
     assert (row.has_payload, row.url) == (0, receiver.url("/hook"))
     with pytest.raises(Refused, match="payload"):
         desk.books.write(lambda tx: webhooks.resend(tx, job.call.call_id, now_ms=desk.clock.now_ms))
+
+
+def test_a_large_payload_is_forgotten_once_it_was_delivered(desk: Desk, receiver: Receiver) -> None:
+    """Pictures as data URIs would fill the disk; one that could not be delivered is kept for the operator."""
+    large = f"size_bytes={webhooks.DELIVERED_KEPT_BYTES + 1}"
+    for path, status, has_payload in (("/ok", 200, 0), ("/moved", 302, 1)):
+        receiver.statuses = [status]
+        _, (job,) = desk.wanting(receiver.url(path), weather=large)
+        desk.settle()
+        desk.deliveries.run_until_idle()
+        assert (desk.row(job).state, desk.row(job).has_payload) == (
+            "delivered" if status == 200 else "failed",
+            has_payload,
+        )
 
 
 def test_a_running_job_or_an_unknown_call_is_not_resent(desk: Desk, receiver: Receiver) -> None:

@@ -35,6 +35,15 @@ def test_two_wishes_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    "query", ["a=1;fal_webhook=https://x.example", "+fal_webhook=https://x.example", "a=1;Fal%5Fwebhook="]
+)
+def test_what_another_reader_might_take_for_the_wish_is_refused(query: str) -> None:
+    """fal would deliver past us, to somebody who then knows the operator's user id there."""
+    with pytest.raises(WebhookUrlRefused, match="of its own"):
+        webhookwire.take_wish(query)
+
+
+@pytest.mark.parametrize(
     "url",
     [
         "",

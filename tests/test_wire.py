@@ -301,3 +301,13 @@ def test_where_a_key_is_looked_for(headers: dict[str, str], key: str | None, dia
 def test_content_types(content_type: str | None, is_json: bool, is_stream: bool) -> None:
     assert wire.is_json_type(content_type) is is_json
     assert wire.is_event_stream(content_type) is is_stream
+
+
+@pytest.mark.parametrize(
+    "query", ["fal_webhook=https://x.example", "a=1&Fal_Webhook=x", "a=1&fal%5fwebhook=x", "+fal_webhook=x"]
+)
+def test_a_sync_call_asks_fal_for_no_webhook(query: str) -> None:
+    """It would lead fal's answer past this service (row 46)."""
+    kept = wire.forwarded_query(query, without_webhook=True)
+    assert "webhook" not in kept.lower()
+    assert wire.forwarded_query(query) == query

@@ -11,6 +11,7 @@ import click
 
 from abhiapi import __version__
 from abhiapi.commands.accounts import accounts
+from abhiapi.commands.alerts import alerts
 from abhiapi.commands.backup import backup, restore
 from abhiapi.commands.calls import calls
 from abhiapi.commands.doctor import doctor
@@ -24,6 +25,7 @@ from abhiapi.commands.price_sync import diff_prices, sync_prices
 from abhiapi.commands.prices import estimate, prices
 from abhiapi.commands.reconcile import reconcile
 from abhiapi.commands.serve import sandbox, serve
+from abhiapi.commands.statement import statement
 from abhiapi.commands.usage import usage
 from abhiapi.commands.users import invite_user, list_users, make_operator
 from abhiapi.commands.webhooks import webhooks
@@ -53,8 +55,8 @@ def main() -> None:
 
 
 for _command in (
-    *(serve, accounts, keys, topup, balance, usage, calls, webhooks, holds, ledger, refund, adjust),
-    *(prices, estimate, reconcile, doctor, backup, restore, sandbox),
+    *(serve, accounts, keys, topup, balance, usage, statement, calls, webhooks, holds, ledger, refund, adjust),
+    *(prices, estimate, reconcile, alerts, doctor, backup, restore, sandbox),
 ):
     main.add_command(_command)
 for _command in (sync_prices, diff_prices, check_prices, replay_prices):

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 import click
 
 from abhiapi.commands import library, session
-from abhiapi.commands.options import Text, account_argument, json_option
+from abhiapi.commands.options import Text, account_argument, json_option, parse_credits_or_zero, usage_error
 from abhiapi.commands.output import print_one, print_rows
+from abhiapi.errors import BadRequest
+from abhiapi.money import credits
 
 if TYPE_CHECKING:
     from abhiapi.accounts import Account
     from abhiapi.db import Tx
+    from abhiapi.shapes import Json
 
 COLUMNS = ("account", "plan", "status", "balance", "held", "available")
 PLAN = click.Choice(("free", "pro"))
@@ -133,6 +136,36 @@ def change_plan(account: str, plan: str, as_json: bool) -> None:
       abhiapi accounts plan acme pro
     """
     _change(account, lambda tx, row: library.accounts.set_plan(tx, row.account_id, plan), as_json=as_json)
+
+
+@accounts.command("alert")
+@account_argument
+@click.option("--below", required=True, metavar="CREDITS|none", help="The balance below which you want to hear of it.")
+@json_option
+def alert_account(account: str, below: str, as_json: bool) -> None:
+    """Tell the operator when an account's balance falls below a threshold.
+
+    ACCOUNT is its name, or one of its keys. You are told once, in the log, in /metrics and at
+    ABHIAPI_ALERT_WEBHOOK_URL; again only after the balance has been above the threshold in between.
+
+    \b
+    Examples:
+      abhiapi accounts alert acme --below 500
+      abhiapi accounts alert acme --below none
+    """
+    try:
+        below_micros = None if below == "none" else parse_credits_or_zero(below)
+    except BadRequest as error:
+        raise usage_error("--below", error) from error
+    now = session.now_ms()
+
+    def op(tx: Tx) -> Json:
+        row = session.account(tx, account)
+        library.alerts.set_threshold(tx, row.account_id, row.name, row.balance_micros, below_micros, now_ms=now)
+        threshold = None if below_micros is None else credits(below_micros)
+        return {**library.shapes.account(row), "alert_below": threshold}
+
+    print_one(session.write(op), as_json=as_json)
 
 
 def _change(text: str, change: Callable[[Tx, Account], None], *, as_json: bool) -> None:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from abhiapi import accounts as accounts
+    from abhiapi import alerts as alerts
     from abhiapi import audit as audit
     from abhiapi import billing as billing
     from abhiapi import calls as calls
     from abhiapi import costs as costs
+    from abhiapi import days as days
     from abhiapi import db as db
     from abhiapi import fal_bill as fal_bill
     from abhiapi import fal_prices as fal_prices
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     from abhiapi import reports as reports
     from abhiapi import settings as settings
     from abhiapi import shapes as shapes
+    from abhiapi import spending as spending
+    from abhiapi import statement_forms as statement_forms
+    from abhiapi import statements as statements
     from abhiapi import sync as sync
     from abhiapi import timers as timers
     from abhiapi import users as users

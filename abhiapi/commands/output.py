@@ -6,7 +6,6 @@ key, gets through to one.
 
 from __future__ import annotations
 
-import csv
 import re
 import shutil
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 import click
 
+from abhiapi import csvtext
 from abhiapi.errors import AbhiError, SettingsError
 
 Json = Mapping[str, Any]
@@ -91,10 +91,9 @@ def print_json_lines(values: Iterable[Any]) -> None:
 
 def print_csv(rows: Iterable[Json], columns: Sequence[str]) -> None:
     """Comma-separated values with a heading, a row at a time."""
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(columns)
+    sys.stdout.write(csvtext.line(columns))
     for row in rows:
-        writer.writerow(["" if row[column] is None else _plain(row[column]) for column in columns])
+        sys.stdout.write(csvtext.line([row[column] for column in columns]))
 
 
 def print_one(shape: Json, *, as_json: bool) -> None:
@@ -165,6 +164,8 @@ def _cell(value: Any) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list):
+        return " ".join(map(str, value))
     return f"{value:f}" if isinstance(value, Decimal) else str(value)
 
 

@@ -212,7 +212,7 @@ def estimate(model: str, text: str, as_json: bool) -> None:
 
 def _price_of(catalogue: Catalogue, text: str) -> Price:
     """The price of a model as an operator writes it. Raises `UnpricedModel`, with what to do."""
-    model = text.strip("/")
+    model = text.strip("/").removesuffix("/stream")  # which a model's price covers
     try:
         return catalogue.price_of(model)
     except UnpricedModel as error:

@@ -44,11 +44,11 @@ def reconcile(since: str | None, as_json: bool) -> None:
     drift. A second run changes nothing, and a run that was killed is resumed. Safe beside the server.
 
     The kinds of drift: not_billed_by_fal (charged here, and fal has no bill of it), unexplained_event (fal's bill of
-    something that no call of ours explains), units_differ, other_model. Pending calls ended too lately for fal's
-    bill; losses are calls that fal billed and, by the terms of service, nobody here pays.
+    something that no call of ours explains), units_differ, other_model, billed_twice, not_settled. Pending calls ended
+    too lately for fal's bill; losses are calls that fal billed and, by the terms of service, nobody here pays.
 
     Needs FAL_KEY, and for fal's bill an ADMIN key: FAL_ADMIN_KEY, or FAL_KEY if it is one. Exits with 1 when jobs
-    could not be looked at or fal's bill could not be read.
+    could not be looked at or fal's bill could not be read, wholly or in part.
 
     \b
     Examples:
@@ -81,7 +81,7 @@ def _settle_jobs(settings: Settings) -> Round:
 
     brief = _FirstOfItsKind()
     # The sockets to fal are gevent's own (`http_adapter`), so nothing has to be patched for them to wait side by side.
-    rt = runtime.start(settings, is_command=True)
+    rt = runtime.start(settings)
     done = reconciler.Round()
     watcher = gevent.spawn(_watch, done)
     log.addFilter(brief)
@@ -131,9 +131,10 @@ def _shape(done: Round, compared: Compared | None, unknown: int) -> dict[str, An
         "adjusted": compared.adjusted if compared else 0,
         "drift": None if compared is None else [_drift(one) for one in compared.listed],
         "unknown": unknown,
-        "open": done.looked_at - done.ended + done.left,
+        "open": done.looked_at - done.ended,
         "failed": done.failed,
         "events": compared.events if compared else None,
+        "unreadable": compared.left_out if compared else None,
         "pending": compared.pending if compared else None,
         "losses": compared.losses if compared else None,
         "loss_usd": None if compared is None else Decimal(library.money.nanos_usd_text(compared.loss_nano_usd)),
@@ -156,8 +157,6 @@ def _drift(one: Drift) -> dict[str, Any]:
 
 def _tell(done: Round, compared: Compared | None, trouble: str | None) -> None:
     """What the numbers do not say. Raises `Refused` where something could not be done."""
-    if done.left:
-        say(f"{done.left} jobs told no units: the server that took them knows what they asked for, and settles them")
     if compared:
         for why in compared.unreadable:
             say(f"a row of fal's bill was left out: {why}")
@@ -167,6 +166,8 @@ def _tell(done: Round, compared: Compared | None, trouble: str | None) -> None:
     problems = []
     if done.failed:
         problems.append(f"{done.failed} jobs could not be looked at: fal or the database was in trouble, run it again")
+    if compared and compared.left_out:
+        problems.append(f"{compared.left_out} rows of fal's bill could not be read and were left out")
     if trouble:
         problems.append(f"fal's bill could not be read: {trouble}. It takes an ADMIN key of fal's: set FAL_ADMIN_KEY")
     if problems:
@@ -179,7 +180,7 @@ def _watch(done: Round) -> None:
 
     gevent.sleep(1)
     while True:
-        looked = done.looked_at + done.left + done.failed
+        looked = done.looked_at + done.failed
         say(f"{looked} jobs looked at, {done.ended} of them ended, {done.failed} failed")
         gevent.sleep(5)
 
@@ -210,7 +211,7 @@ def _day_ms(text: str) -> int:
         day = library.reports.parse_day(text)
     except ValueError as error:
         raise usage_error("--since", error) from error
-    return int(library.reports.day_number(day)) * 86_400_000
+    return int(library.days.day_number(day)) * 86_400_000
 
 
 def _iso(at_ms: int) -> str:

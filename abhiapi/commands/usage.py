@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from abhiapi.db import Tx
     from abhiapi.reports import UsageRow
 
-COLUMNS = ("group", "calls", "credits", "cost_usd", "fal_cost_usd", "margin_usd")
+COLUMNS = ("group", "calls", "credits", "cost_usd", "fal_cost_usd", "margin_usd", "margin_percent")
 
 
 @click.command()
@@ -35,7 +35,8 @@ def usage(account: str | None, by: Any, since: str | None, until: str | None, as
     """Add up calls, credits, cost at fal and margin.
 
     Credits are what was charged less refunds, margin what is left of them after fal's cost. Days are UTC days on
-    which calls ended. The cost at fal counts as 0 where it is not known.
+    which calls ended. The cost at fal counts as 0 where it is not known. The margin in percent is of the credits,
+    rounded down to two decimals.
 
     \b
     Examples:

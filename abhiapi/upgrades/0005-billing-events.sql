@@ -10,6 +10,7 @@ CREATE TABLE unexplained_events (
     happened_at     INTEGER NOT NULL,
     seen_at         INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX unexplained_events_by_model ON unexplained_events (model, happened_at);
 CREATE TABLE bookmarks (
     name            TEXT    PRIMARY KEY,
     reached_at      INTEGER NOT NULL

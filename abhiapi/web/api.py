@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import date
+from functools import partial
 from typing import Any
 
 from flask import Blueprint, Response, jsonify, request
 from flask_limiter import Limiter
 
-from abhiapi import accounts, ids, jsonbytes, pricing, processes, reports, shapes, webhook_intake
+from abhiapi import (
+    accounts,
+    ids,
+    jsonbytes,
+    pricing,
+    processes,
+    reports,
+    shapes,
+    statement_forms,
+    statements,
+    webhook_intake,
+)
+from abhiapi.db import Tx
 from abhiapi.errors import (
     AbhiError,
     BadRequest,
@@ -43,6 +56,7 @@ def blueprint(limiter: Limiter, limit: str) -> Blueprint:
         ("GET", "/v1/calls/<call_id>", show_call),
         ("GET", "/v1/usage", usage),
         ("GET", "/v1/ledger", list_entries),
+        ("GET", "/v1/statement", statement),
         ("GET", "/v1/prices", prices),
         ("POST", "/v1/estimate", estimate),
     ):
@@ -162,6 +176,37 @@ def list_entries() -> Response:
     page = rows[:most]
     more = str(page[-1].seq) if len(rows) > most else None
     return jsonify({"entries": [shapes.entry(row) for row in page], "next_cursor": more})
+
+
+def statement() -> Response:
+    """A month of the account, as JSON or with ``format=csv`` as CSV; sent page by page, at any length."""
+    me, rt = caller(), runtime()
+    month, form = request.args.get("month", ""), request.args.get("format", "json")
+    if form not in ("json", "csv"):
+        raise BadRequest("format is one of: json, csv")
+
+    def find(tx: Tx) -> statements.Statement:
+        try:
+            return statements.of_month(tx, me.account_id, month)
+        except ValueError as error:
+            raise BadRequest(f"month: {error}") from error
+
+    found = rt.read_aside(find)
+
+    def lines() -> Iterator[statements.Line]:
+        after = found.first_seq - 1
+        while rows := rt.read_aside(partial(statements.page, statement=found, after_seq=after)):
+            yield from rows
+            after = rows[-1].seq
+
+    if form == "csv":
+        name = f"attachment; filename=statement-{found.month}.csv"
+        return Response(
+            statement_forms.as_csv(found, lines()),
+            content_type="text/csv; charset=utf-8",
+            headers={"Content-Disposition": name},
+        )
+    return Response(statement_forms.as_json(found, lines()), content_type="application/json")
 
 
 def prices() -> Response:

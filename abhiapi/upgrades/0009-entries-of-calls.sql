@@ -1,2 +1,2 @@
--- Version 7: a call's refunds and adjustments, found without reading the ledger.
+-- Version 9: a call's refunds and adjustments, found without reading the ledger.
 CREATE INDEX entries_of_calls ON entries (call_id) WHERE call_id IS NOT NULL AND kind <> 'charge';

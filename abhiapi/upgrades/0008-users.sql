@@ -1,4 +1,4 @@
--- Version 6: people who sign in to the dashboard, and the links that invite them.
+-- Version 8: people who sign in to the dashboard, and the links that invite them.
 CREATE TABLE users (
     user_id         INTEGER PRIMARY KEY,
     account_id      INTEGER REFERENCES accounts,
