@@ -71,7 +71,7 @@ def test_what_has_completed_is_settled_now(server: Server, fal: Fal) -> None:
     assert told(run(server, "--json")) == {"open": 1}
     assert server.books.verify().problems == []
     fal.release("reconciled")
-    table = until(lambda: (done := run(server)).stdout.startswith("settled   1\n") and done, what="the last one")
+    table = until(lambda: (done := run(server)).stdout.startswith("settled     1\n") and done, what="the last one")
     assert sorted(line.split()[0] for line in table.lines[: len(FIELDS + FIELDS_OF_BILL)]) == sorted(
         FIELDS + FIELDS_OF_BILL
     )
