@@ -210,6 +210,13 @@ def test_nothing_is_changed_by_a_get(server: Server, customer: Person) -> None:
     assert customer.is_in()
 
 
+def test_whoever_takes_a_wrong_turn_finds_back(server: Server, customer: Person) -> None:
+    lost = customer.get("/dashboard/nothing-here")
+    assert lost.status_code == 404
+    assert '<a href="/dashboard/keys"' in lost.text
+    assert '<a href="/dashboard/keys"' not in Person(server).get("/dashboard/nothing-here").text
+
+
 def test_a_form_has_a_bounded_size(customer: Person) -> None:
     assert customer.post("/dashboard/keys/new", {"name": "x" * 100_000}).status_code == 413
 

@@ -54,6 +54,7 @@ def is_page(path: str) -> bool:
 
 
 def error_page(app: Any, error: Exception) -> Response:
-    """An error that happened before any page was found."""
+    """An error that happened before any page was found, or on none."""
     desk: Desk = app.extensions["abhiapi-desk"]
+    desk.recognise()
     return safety.secured(desk.error_page(error))

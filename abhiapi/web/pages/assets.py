@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import mimetypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 
-from flask import Blueprint, Response, abort, request
+from flask import Blueprint, Response, request
 
 from abhiapi.web.pages import headers
 
@@ -37,19 +38,22 @@ class Assets:
         return f"/static/{name}?v={self._assets[name].digest}"
 
     def blueprint(self) -> Blueprint:
+        """A route for each file: whatever else is asked for under /static is no route of ours."""
         routes = Blueprint("assets", __name__)
-        routes.get("/static/<name>")(self._serve)
+        for name, found in self._assets.items():
+            routes.add_url_rule(f"/static/{name}", name.replace(".", "-"), _view(found))
         routes.after_request(headers.finish)
         return routes
 
-    def _serve(self, name: str) -> Response:
-        found = self._assets.get(name)
-        if found is None:
-            abort(404)
+
+def _view(found: Asset) -> Callable[[], Response]:
+    def serve() -> Response:
         response = Response(found.content, content_type=found.content_type)
         is_exact = request.args.get("v") == found.digest
         response.headers["Cache-Control"] = _FOR_EVER if is_exact else "no-cache"
         return response
+
+    return serve
 
 
 def _read(name: str, content: bytes) -> Asset:

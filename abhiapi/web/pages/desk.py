@@ -62,7 +62,7 @@ class Desk:
         self._csrf.init_app(app)
         self.blueprint.before_request(self._let_in)
         self.blueprint.after_request(safety.secured)
-        self.blueprint.context_processor(self._context)
+        self.blueprint.app_context_processor(self._context)  # also for what is found by no route
         for expected in (AbhiError, HTTPException):
             self.blueprint.register_error_handler(expected, self.error_page)
 
@@ -114,6 +114,13 @@ class Desk:
             "nav_group": self._groups.get(request.endpoint or ""),
             "open_signup": runtime().settings.open_signup,
         }
+
+    def recognise(self) -> None:
+        """Who is asking, where no page was found that would have wanted to know: their navigation stays."""
+        try:
+            g.visitor = current_user._get_current_object() if current_user.is_authenticated else None
+        except AbhiError:  # of the database: what there is to say can be said to nobody in particular
+            g.visitor = None
 
     def error_page(self, error: Exception) -> Response:
         """A page that says what went wrong, and what can be done."""
