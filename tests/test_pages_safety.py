@@ -9,13 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
-from abhiapi import accounts, keys, users
+from abhiapi import accounts, calls, ids, jobs, keys, prices, processes, users, webhooks
 from abhiapi.db import Tx
+from abhiapi.money import Micros
 from abhiapi.web import create_app
 from abhiapi.web.pages import PREFIX, safety
 from abhiapi.web.pages.desk import Role
 from tests.harness import OPERATOR_KEY, Fal, Server
 from tests.people import PASSWORD, SIGN_IN, Person, Rule, all_rules, new_email, new_user, visiting
+from tests.rows import DEAD_PID, flux
 from tests.scripted import House
 
 MARKUP = "<script>alert(1)</script>\"'{{7*7}}"
@@ -65,11 +67,32 @@ def test_every_page_has_a_role(rules: list[Rule]) -> None:
     }
 
 
+def call_id_of(server: Server, person: Person) -> str:
+    """The id of a call of a person's account, with a webhook on its way, written into the books."""
+    found = server.books.read(lambda tx: keys.find(tx, key_id_of(server, person)))
+    assert found is not None
+
+    def make(tx: Tx) -> int:
+        now = server.books.clock()
+        call = calls.OpenCall(ids.CallIds().new(now), found.account_id, found.key_id, "fal-ai/flux/dev", Micros(0))
+        price_id = prices.version_of(tx, flux(), now_ms=now)
+        process_id = processes.start(tx, pid=DEAD_PID, now_ms=now)
+        calls.admit(tx, calls.Admission(call, price_id, process_id, "queue", now + 3_600_000, now))
+        jobs.remember(tx, call, f"job-of-{call.call_id}", http_status=200)
+        webhooks.want(tx, call, "http://127.0.0.1:9/hook", now_ms=now)
+        webhooks.store(tx, call.call_id, b"{}", now_ms=now + 3_600_000)
+        return call.call_id
+
+    return ids.call_text(server.books.write(make))
+
+
 def _path(rule: str, server: Server, person: Person) -> str:
     """A path of a rule whose things are this person's."""
     path = re.sub(r"<any\((\w+),[^>]*>", r"\1", rule)
     if "<key_id>" in path:
         path = path.replace("<key_id>", key_id_of(server, person))
+    if "<call_id>" in path:
+        path = path.replace("<call_id>", call_id_of(server, person))
     return re.sub(r"<\w+>", "x" * 43, path)
 
 

@@ -7,8 +7,10 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, date, datetime, timedelta
+from itertools import chain
+from typing import cast
 
-from flask import Response, request
+from flask import Response, current_app, request
 
 from abhiapi import lookups, statement_forms, statements
 from abhiapi.days import month_after, parse_month
@@ -70,7 +72,7 @@ def download() -> Reply:
 
 def printable() -> Reply:
     """The whole month as a page to print. Its own style is let through by its digest, and no other."""
-    response = _whole(statement_forms.as_html, "text/html; charset=utf-8")
+    response = _whole(_page_to_print, "text/html; charset=utf-8")
     response.headers["Content-Security-Policy"] = safety.policy().replace(
         "style-src 'self'", f"style-src '{_style_digest()}'"
     )
@@ -89,6 +91,14 @@ def _lines(rt: Runtime, statement: Statement) -> Iterator[Line]:
     while rows := rt.read_aside(lambda tx, seq=after: statements.page(tx, statement, seq)):  # type: ignore[misc]
         yield from rows
         after = rows[-1].seq
+
+
+def _page_to_print(statement: Statement, lines: Iterable[Line]) -> Iterator[str]:
+    """The statement as the command line prints it, with our icon: else browsers ask for one that is not there."""
+    pieces = statement_forms.as_html(statement, lines)
+    asset = cast(Callable[[str], str], current_app.jinja_env.globals["asset"])
+    head = next(pieces).replace("<style>", f'<link rel="icon" href="{asset("icon.svg")}"><style>', 1)
+    return chain([head], pieces)
 
 
 def _style_digest() -> str:
