@@ -93,6 +93,10 @@ def _path(rule: str, server: Server, person: Person) -> str:
         path = path.replace("<key_id>", key_id_of(server, person))
     if "<call_id>" in path:
         path = path.replace("<call_id>", call_id_of(server, person))
+    if "<int:account_id>" in path:
+        found = server.books.read(lambda tx: keys.find(tx, key_id_of(server, person)))
+        assert found is not None
+        path = path.replace("<int:account_id>", str(found.account_id))
     return re.sub(r"<\w+>", "x" * 43, path)
 
 

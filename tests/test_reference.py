@@ -294,7 +294,8 @@ def test_pages_are_compressed_for_those_who_ask(shared_server: Server, path: str
         body = squeezed.raw.read(decode_content=False)
     assert "Content-Encoding" not in plain.headers
     assert squeezed.headers["Content-Encoding"] == "gzip"
-    assert squeezed.headers["Vary"] == plain.headers["Vary"] == "Accept-Encoding"
+    assert "Accept-Encoding" in squeezed.headers["Vary"]
+    assert squeezed.headers["Vary"] == plain.headers["Vary"]
     assert int(squeezed.headers["Content-Length"]) == len(body) < len(plain.content)
     assert gzip.decompress(body) == plain.content
 
@@ -381,7 +382,7 @@ def test_the_curl_lines_of_the_page_work(site: Site) -> None:
 
 def test_the_python_lines_of_the_page_work(site: Site) -> None:
     """The two variables as the page shows them, and nothing else."""
-    exports, whole, stream = blocks(site, "/docs/clients", "python")
+    exports, whole, _without_tls, stream = blocks(site, "/docs/clients", "python")
     env = environment(SSL_CERT_FILE=str(site.tls.authority_file), NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
     env |= dict(re.findall(r"^# export (\w+)=(\S+)$", exports, re.MULTILINE))
     assert "26.25" in ran([sys.executable, "-c", whole], env)

@@ -158,7 +158,19 @@ def _account() -> Json:
                 ]
             }
         },
+        "/v1/statement": {"get": _statement()},
     }
+
+
+def _statement() -> Json:
+    made = _look("getStatement", "A month of the account", "Statement", 400)
+    made["responses"]["200"]["content"]["text/csv"] = {"schema": text()}
+    month = text(pattern="^[0-9]{4}-(0[1-9]|1[0-2])$")
+    made["parameters"] = [
+        _query("month", "In UTC, as 2026-11.", month, required=True),
+        _query("format", "`csv` for a table.", text(enum=["json", "csv"])),
+    ]
+    return made
 
 
 def _prices() -> Json:
@@ -301,8 +313,9 @@ def _path(name: str, words: str, example: str) -> Json:
     return {"name": name, "in": "path", "required": True, "description": words, "schema": text(), "example": example}
 
 
-def _query(name: str, words: str, schema: Json) -> Json:
-    return {"name": name, "in": "query", "description": words, "schema": schema}
+def _query(name: str, words: str, schema: Json, *, required: bool = False) -> Json:
+    made = {"name": name, "in": "query", "description": words, "schema": schema}
+    return made | ({"required": True} if required else {})
 
 
 def _header(name: str, words: str, schema: Json) -> Json:

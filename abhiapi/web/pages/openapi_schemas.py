@@ -163,6 +163,30 @@ def schemas() -> Json:
             },
         ),
         "Ledger": record("A page of entries.", {"entries": rows("Entry"), "next_cursor": cursor}),
+        "StatementLine": record(
+            "An entry of a statement.",
+            {
+                "created_at": time,
+                "kind": text(),
+                "model": nullable(text()),
+                "call_id": nullable(text()),
+                "ref": nullable(text()),
+                "note": nullable(text()),
+                "credits": credits("Negative where it was spent."),
+                "balance": credits("The balance after it."),
+            },
+        ),
+        "Statement": record(
+            "One month, which foots: opening + entries = closing.",
+            {
+                "account": text(),
+                "month": text(pattern="^[0-9]{4}-[0-9]{2}$"),
+                "opening_balance": credits("Before the month's first entry."),
+                "closing_balance": credits("After its last."),
+                "totals": {"type": "object", "description": "By kind: how many entries, and their sum."},
+                "entries": rows("StatementLine"),
+            },
+        ),
         "UsageRow": record("Ended calls of a group.", {"group": text(), **usage}),
         "Usage": record("Usage by group.", {"rows": rows("UsageRow"), "total": record("All of them.", usage)}),
         "Price": record(
