@@ -11,6 +11,7 @@ run: ## Serve fal if FAL_KEY is set (here or in .env), else the built-in simulat
 	else exec $(BIN)/abhiapi serve --sandbox --demo --bind 127.0.0.1:$(PORT); fi
 
 test: check ## Everything that has to be true, with coverage of the money modules.
+	@tools/browser
 	$(BIN)/python -m pytest -n auto --cov --cov-report=
 	$(BIN)/python -m coverage report --include='abhiapi/money.py,abhiapi/estimates.py,abhiapi/pricing.py,abhiapi/metering.py,abhiapi/ledger.py' --fail-under=100
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -386,3 +387,19 @@ def test_no_duration_makes_a_call_cheap_or_an_estimate_long(duration: str) -> No
     held = pricing.ceiling(price, asked)
     assert held.amount_micros >= price.unit_price_usd * 1_000_000
     assert len(held.basis) < 200
+
+
+def test_a_plain_number_has_no_exponent_and_no_trailing_zeros() -> None:
+    assert [str(pricing.plain(Decimal(text))) for text in ("1E+3", "0.10", "5.000")] == ["1000", "0.1", "5"]
+
+
+def test_a_formula_that_cannot_see_the_units_holds_what_calls_have_cost() -> None:
+    """The size of what an upscaler makes: where 99 of 100 calls cost more than the formula says, that is held."""
+    catalogue = pricing.Catalogue(pricing.shipped_rules(), [], Decimal("0.05"))
+    known = next(price for price in catalogue if price.estimate.kind == "output_megapixels" and not price.hold_micros)
+    plain = pricing.ceiling(known, {})
+    dear = Micros(plain.amount_micros + 1)
+    learned = pricing.ceiling(replace(known, costs=pricing.Costs(100, dear, dear)), {})
+    assert (learned.amount_micros, "99 of 100" in learned.basis) == (dear, True)
+    cheap = pricing.ceiling(replace(known, costs=pricing.Costs(100, Micros(1), Micros(1))), {})
+    assert cheap.amount_micros == plain.amount_micros
