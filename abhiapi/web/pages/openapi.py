@@ -165,7 +165,7 @@ def _account() -> Json:
 def _statement() -> Json:
     made = _look("getStatement", "A month of the account", "Statement", 400)
     made["responses"]["200"]["content"]["text/csv"] = {"schema": text()}
-    month = text(pattern="^[0-9]{4}-(0[1-9]|1[0-2])$")
+    month = text(pattern="^(19[7-9][0-9]|20[0-9]{2})-(0[1-9]|1[0-2])$")
     made["parameters"] = [
         _query("month", "In UTC, as 2026-11.", month, required=True),
         _query("format", "`csv` for a table.", text(enum=["json", "csv"])),

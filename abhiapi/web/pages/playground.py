@@ -148,10 +148,10 @@ def _user() -> str:
 
 def _asked() -> tuple[Price, Form, str]:
     """What a form says. Raises `BadRequest`, `UnpricedModel` for what no form of ours sends."""
-    price = runtime().catalogue().price_of(request.form.get("model", "")[:200])
     number = request.form.get("run", "")
     if not _RUN.fullmatch(number):
         raise BadRequest("This form is not one of ours. Open the playground again.")
+    price = runtime().catalogue().price_of(request.form.get("model", "")[:200])
     form = _form(price, request.form.get("prompt", ""), request.form.get("more", ""))
     return price, form, number
 
