@@ -1,6 +1,7 @@
 # Five verbs. Each installs what it needs into .venv first; nothing else has to be done by hand.
 PORT ?= 8000
 BIN = .venv/bin
+MONEY = money estimates pricing metering ledger  # every line and branch of these is tested
 
 .PHONY: run test check bench clean
 .DEFAULT_GOAL := run
@@ -12,8 +13,8 @@ run: ## Serve fal if FAL_KEY is set (here or in .env), else the built-in simulat
 
 test: check ## Everything that has to be true, with coverage of the money modules.
 	@tools/browser
-	$(BIN)/python -m pytest -n auto --cov --cov-report=
-	$(BIN)/python -m coverage report --include='abhiapi/money.py,abhiapi/estimates.py,abhiapi/pricing.py,abhiapi/metering.py,abhiapi/ledger.py' --fail-under=100
+	$(BIN)/python -m pytest -n auto $(MONEY:%=--cov=abhiapi.%) --cov-report=
+	$(BIN)/python -m coverage report --fail-under=100
 
 check: ## Formatting, lint and types.
 	@tools/bootstrap requirements-dev.txt

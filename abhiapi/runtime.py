@@ -16,7 +16,7 @@ from gevent.event import Event
 from abhiapi import addresses, alerts, keys, prices, pricing, processes, signing
 from abhiapi.committer import GroupCommitter, Reader, in_thread
 from abhiapi.db import Database, Tx
-from abhiapi.errors import SettingsError
+from abhiapi.errors import DatabaseUnavailable, SettingsError
 from abhiapi.fal import Fal
 from abhiapi.fal_keys import FETCH_S, FalKeys
 from abhiapi.ids import CallIds, NowMs, call_text
@@ -152,7 +152,10 @@ class Runtime:
 
     def close(self) -> None:
         """End cleanly: nothing of this process's is left for a sweep."""
-        self.write(lambda tx: processes.end(tx, self.process_id, now_ms=self.now_ms()), patience_s=CLOSE_PATIENCE_S)
+        try:
+            self.write(lambda tx: processes.end(tx, self.process_id, now_ms=self.now_ms()), patience_s=CLOSE_PATIENCE_S)
+        except DatabaseUnavailable as error:  # the next sweep ends it: its lock is free
+            log.warning("this process was not signed off: %s", error.message)
         self.writer.close()
         self.reader.close()
         self.lock.release()

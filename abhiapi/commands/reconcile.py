@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from abhiapi.commands import library, session
 from abhiapi.commands.options import json_option, usage_error
 from abhiapi.commands.output import print_json, print_one, say, table
-from abhiapi.errors import PlatformError, Refused
+from abhiapi.errors import DatabaseUnavailable, PlatformError, Refused
 
 if TYPE_CHECKING:
     from abhiapi.fal_bill import Compared, Drift
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from abhiapi.reconcile import Round
     from abhiapi.settings import Settings
 
+T = TypeVar("T")
 log = logging.getLogger("abhiapi")
+PAUSES_S = (1, 2, 4, 8)
 
 PATH, MEMBER, PAGE = "/models/billing-events", "billing_events", "10000"
 COLUMNS = ("kind", "call_id", "fal_request_id", "model", "credits", "units", "fal_units", "fal_cost_usd")
@@ -59,7 +62,7 @@ def reconcile(since: str | None, as_json: bool) -> None:
     settings = session.settings()
     session.open_database()
     done = _settle_jobs(settings)
-    compared, trouble = _compare(settings, first_ms)
+    compared, trouble = _patiently(lambda: _compare(settings, first_ms))
     shape = _shape(
         done, compared, len([row for row in session.read(library.reports.open_holds) if row.state == "unknown"])
     )
@@ -73,6 +76,17 @@ def reconcile(since: str | None, as_json: bool) -> None:
     _tell(done, compared, trouble)
 
 
+def _patiently(step: Callable[[], T]) -> T:
+    """A step that may be taken again, taken again while other processes keep the database to themselves."""
+    for pause_s in PAUSES_S:
+        try:
+            return step()
+        except DatabaseUnavailable as error:
+            say(f"{error.message}: trying again")
+            time.sleep(pause_s)
+    return step()
+
+
 def _settle_jobs(settings: Settings) -> Round:
     import gevent
 
@@ -81,7 +95,7 @@ def _settle_jobs(settings: Settings) -> Round:
 
     brief = _FirstOfItsKind()
     # The sockets to fal are gevent's own (`http_adapter`), so nothing has to be patched for them to wait side by side.
-    rt = runtime.start(settings)
+    rt = _patiently(lambda: runtime.start(settings))
     done = reconciler.Round()
     watcher = gevent.spawn(_watch, done)
     log.addFilter(brief)
