@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gevent
+import gevent.event
 import pytest
 import requests
 import trustme
@@ -28,6 +29,7 @@ from abhiapi.errors import (
     Refused,
     WebhookUrlRefused,
 )
+from abhiapi.jobs import Job
 from abhiapi.webhook_delivery import Deliveries
 from tests.receiver import Receiver, is_signed
 from tests.webhook_desk import Desk, desk, desk_with, known, receiver
@@ -342,18 +344,23 @@ def test_what_a_killed_process_was_at_is_taken_up_again(desk: Desk, receiver: Re
 
 @pytest.mark.parametrize("site", ["desk", "known"])
 def test_a_payload_that_was_being_made_at_a_kill_is_made_half_a_minute_later(
-    request: pytest.FixtureRequest, site: str, receiver: Receiver
+    request: pytest.FixtureRequest, site: str, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Making is no delivery: doing it twice harms nobody, so the lease need not outlive the slowest answer of fal's."""
     at: Desk = request.getfixturevalue(site)
-    _, (job,) = at.wanting(receiver.url())
+    at.wanting(receiver.url())
     at.settle()
     at.clock.tick(webhook_delivery.GRACE_MS)
-    killed = Deliveries(at.rt)
+    killed, asking = Deliveries(at.rt), gevent.event.Event()
+
+    def ask_for_ever(job: Job) -> bytes:
+        asking.set()
+        gevent.sleep(60)
+        raise AssertionError("it was to be killed")
+
+    monkeypatch.setattr(killed, "_payload", ask_for_ever)
     assert killed.start_round() == 1
-    gevent.sleep(0)  # it has begun
-    while at.row(job).attempts == 0:
-        gevent.sleep(0.001)
+    assert asking.wait(30)
     killed._making.kill()
     at.deliveries.run_until_idle()
     assert receiver.deliveries == []
