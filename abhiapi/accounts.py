@@ -12,8 +12,6 @@ from abhiapi.errors import BadRequest, NotFound, Refused
 from abhiapi.ids import parse_key_id
 from abhiapi.money import Micros
 
-PLANS = ("free", "pro")
-
 _a = tables.accounts.c
 _COLUMNS = (_a.account_id, _a.name, _a.plan, _a.status, _a.balance_micros, _a.held_micros)
 _BY_NAME = select(*_COLUMNS).where(_a.name == bindparam("of_name"))

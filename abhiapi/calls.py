@@ -39,9 +39,6 @@ BatchOp = Callable[[Tx], int]
 
 _c = tables.calls.c
 _p = tables.price_versions.c
-_u = tables.usage_daily.c
-_m = tables.usage_monthly.c
-_d = tables.usage_totals.c
 
 _ADMIT = insert(tables.calls).values(
     {
@@ -75,51 +72,19 @@ _FINISH = {
     .returning(_c.created_at, spending.LIMIT_OF_CALL)
     for target in ("settled", "released", "unknown")
 }
-_COUNT_USAGE = (
-    update(tables.usage_daily)
-    .where(
-        _u.account_id == bindparam("account"),
-        _u.day == bindparam("on_day"),
-        _u.model == bindparam("of_model"),
-        _u.key_id == bindparam("key"),
-    )
-    .values(
-        calls=_u.calls + bindparam("more_calls"),
-        charged_micros=_u.charged_micros + bindparam("more_micros"),
-        fal_cost_nano_usd=_u.fal_cost_nano_usd + bindparam("more_nano_usd"),
-    )
-)
-_FIRST_USAGE = insert(tables.usage_daily).values(
-    {column.name: bindparam(column.name) for column in tables.usage_daily.c}
-)
-_COUNT_MONTH = (
-    update(tables.usage_monthly)
-    .where(
-        _m.month == bindparam("in_month"),
-        _m.account_id == bindparam("account"),
-        _m.key_id == bindparam("key"),
-    )
-    .values(
-        calls=_m.calls + bindparam("more_calls"),
-        charged_micros=_m.charged_micros + bindparam("more_micros"),
-        fal_cost_nano_usd=_m.fal_cost_nano_usd + bindparam("more_nano_usd"),
-    )
-)
-_FIRST_MONTH = insert(tables.usage_monthly).values(
-    {column.name: bindparam(column.name) for column in tables.usage_monthly.c}
-)
-_COUNT_TOTAL = (
-    update(tables.usage_totals)
-    .where(_d.day == bindparam("on_day"), _d.model == bindparam("of_model"))
-    .values(
-        calls=_d.calls + bindparam("more_calls"),
-        charged_micros=_d.charged_micros + bindparam("more_micros"),
-        fal_cost_nano_usd=_d.fal_cost_nano_usd + bindparam("more_nano_usd"),
-    )
-)
-_FIRST_TOTAL = insert(tables.usage_totals).values(
-    {column.name: bindparam(column.name) for column in tables.usage_totals.c}
-)
+_FIGURES = ("calls", "charged_micros", "fal_cost_nano_usd")
+_ROLL_UPS = {table.name: table for table in (tables.usage_daily, tables.usage_monthly, tables.usage_totals)}
+_ROLLED_BY = {name: tuple(column.name for column in table.primary_key) for name, table in _ROLL_UPS.items()}
+_MOVE = {
+    name: update(table)
+    .where(*(column == bindparam(f"of_{column.name}") for column in table.primary_key))
+    .values({figure: table.c[figure] + bindparam(f"more_{figure}") for figure in _FIGURES})
+    for name, table in _ROLL_UPS.items()
+}
+_BEGIN = {
+    name: insert(table).values({column.name: bindparam(column.name) for column in table.c})
+    for name, table in _ROLL_UPS.items()
+}
 _OPEN_CALL = (
     select(_c.call_id, _c.account_id, _c.key_id, _p.model, _c.held_micros, _c.state, _c.reason)
     .join_from(tables.calls, tables.price_versions, _c.price_id == _p.price_id)
@@ -327,14 +292,16 @@ def count_usage(
     tx: Tx, call: OpenCall, finished_at: int, *, calls: int, charged_micros: Micros, fal_cost_nano_usd: int | None
 ) -> None:
     """Roll a movement up into the day and month in which its call ended, so that reports never read the calls."""
-    day, cost = finished_at // MS_PER_DAY, fal_cost_nano_usd or 0
-    moved = {"more_calls": calls, "more_micros": charged_micros, "more_nano_usd": cost}
-    first = {"calls": calls, "charged_micros": charged_micros, "fal_cost_nano_usd": cost}
-    of = {"account_id": call.account_id, "key_id": call.key_id}
-    account, key, model, month = call.account_id, call.key_id, call.model, month_of(day)
-    if tx.run(_COUNT_USAGE, account=account, on_day=day, of_model=model, key=key, **moved) == 0:
-        tx.run(_FIRST_USAGE, day=day, model=model, **of, **first)
-    if tx.run(_COUNT_MONTH, account=account, in_month=month, key=key, **moved) == 0:
-        tx.run(_FIRST_MONTH, month=month, **of, **first)
-    if tx.run(_COUNT_TOTAL, on_day=day, of_model=model, **moved) == 0:
-        tx.run(_FIRST_TOTAL, day=day, model=model, **first)
+    day = finished_at // MS_PER_DAY
+    row = {
+        "account_id": call.account_id,
+        "key_id": call.key_id,
+        "model": call.model,
+        "day": day,
+        "month": month_of(day),
+    }
+    figures = dict(zip(_FIGURES, (calls, charged_micros, fal_cost_nano_usd or 0), strict=True))
+    more = {f"more_{name}": figure for name, figure in figures.items()}
+    for table, columns in _ROLLED_BY.items():
+        if tx.run(_MOVE[table], **{f"of_{name}": row[name] for name in columns}, **more) == 0:
+            tx.run(_BEGIN[table], **{name: row[name] for name in columns}, **figures)

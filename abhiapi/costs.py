@@ -12,6 +12,7 @@ from sqlalchemy import bindparam, func, insert, select, update
 
 from abhiapi import tables
 from abhiapi.db import Row, Tx
+from abhiapi.ids import CHANCE_BITS
 from abhiapi.money import MICROS_MAX, Micros
 from abhiapi.price_terms import Costs
 
@@ -20,7 +21,6 @@ RAISE_MAX_PERCENT = 1000
 _RAISE_STEP = 5
 _PERCENTILE = 99
 _AGED_CALLS = 10_000  # beyond this many calls the older ones count half, and half again, from day to day
-_CHANCE_BITS = 20  # of a call id; the rest are the milliseconds of its admission
 _TENTHS = (100, 126, 159, 200, 252, 317, 399, 502, 631, 795)  # ten steps to a factor of ten
 BOUNDS = sorted({-(-step * 10**power // 100) for power in range(16) for step in _TENTHS if step * 10**power >= 100})
 
@@ -126,7 +126,7 @@ def _raise(tx: Tx, model: str, call_id: int, charged_micros: int, held_micros: i
     """A hold that was already raised is raised further; one from before the last raise says no more than that did."""
     row = tx.one(_RAISED, of_model=model, most=1)
     percent, since = row if row is not None and _lasts(row[1], now_ms) else (100, 0)
-    held_at = percent if call_id >> _CHANCE_BITS > since else 100
+    held_at = percent if call_id >> CHANCE_BITS > since else 100
     needed = -(-held_at * charged_micros // held_micros)
     needed = min(RAISE_MAX_PERCENT, -(-needed // _RAISE_STEP) * _RAISE_STEP)
     if needed > percent:

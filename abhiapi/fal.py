@@ -13,6 +13,7 @@ import requests
 from requests import PreparedRequest
 
 from abhiapi.db import assert_no_transaction
+from abhiapi.errors import UpstreamBroken
 from abhiapi.http_adapter import BLOCK_BYTES, Headers, LeanAdapter
 
 
@@ -36,6 +37,19 @@ class FalReply:
         """The next bytes as they come; b"" at the whole end. Raises `UpstreamBroken`, `UpstreamTimeout`."""
         data: bytes = self._raw.read1(BLOCK_BYTES)
         return data
+
+    def read_whole(self, most: int) -> bytes:
+        """All of the body, and close. Raises `UpstreamBroken` (larger than ``most`` bytes, too), `UpstreamTimeout`."""
+        pieces, size = [], 0
+        try:
+            while piece := self.read1():
+                pieces.append(piece)
+                size += len(piece)
+                if size > most:
+                    raise UpstreamBroken("fal's answer is larger than any of its kind")
+        finally:
+            self.close()
+        return b"".join(pieces)
 
     def close(self) -> None:
         self._raw.close()

@@ -58,16 +58,8 @@ class FalKeys:
     def _fetch(self) -> None:
         self._tried_at = self._now_ms()
         reply = self._fal.send("GET", PATH, [("accept", "application/json"), ("accept-encoding", "identity")], None)
-        pieces, size = [], 0
-        try:
-            while piece := reply.read1():
-                pieces.append(piece)
-                size += len(piece)
-                if size > PAGE_BYTES_MAX:
-                    raise UpstreamBroken("fal's page of keys is larger than any such page")
-        finally:
-            reply.close()
-        keys = signing.public_keys(jsonbytes.parse_object(b"".join(pieces))) if reply.status == 200 else []
+        page = reply.read_whole(PAGE_BYTES_MAX)
+        keys = signing.public_keys(jsonbytes.parse_object(page)) if reply.status == 200 else []
         if not keys:
             raise UpstreamBroken(f"fal's page of keys has none (status {reply.status})")
         self._keys, self._fetched_at = keys, self._now_ms()

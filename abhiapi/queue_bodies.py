@@ -23,11 +23,32 @@ def rewritten(rt: Runtime, document: bytes, base_url: str, model: str, request_i
     )
 
 
-class ResultBody:
+class _Pieces:
+    """What both kinds have in common: fal's answer is closed with them, and whoever waits for that is told once."""
+
+    def __init__(self, reply: FalReply) -> None:
+        self._reply = reply
+        self._pieces = self._iterate()
+        self.when_closed: Callable[[], None] = lambda: None
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._pieces
+
+    def close(self) -> None:
+        self._pieces.close()
+        self._reply.close()
+        when_closed, self.when_closed = self.when_closed, lambda: None
+        when_closed()
+
+    def _iterate(self) -> Generator[bytes]:
+        raise NotImplementedError
+
+
+class ResultBody(_Pieces):
     """A job's answer on its way to the caller, with its charge before the last brace. Nothing is left to settle."""
 
     def __init__(self, reply: FalReply, member: bytes) -> None:
-        self._reply = reply
+        super().__init__(reply)
         self._member = member
         is_json = wire.is_json_type(reply.value("content-type"))
         encoding = (reply.value("content-encoding") or "identity").strip().lower()
@@ -38,8 +59,6 @@ class ResultBody:
         self.headers = [(name, value) for name, value in reply.headers if name.lower() != dropped]
         self._read: list[bytes] = []
         self._ended = False
-        self._pieces = self._iterate()
-        self.when_closed: Callable[[], None] = lambda: None
 
     def read_whole(self, most: int) -> bytes | None:
         """The whole body if it is short JSON or an error; else None, and what was read is kept for later."""
@@ -55,15 +74,6 @@ class ResultBody:
             size += len(piece)
         return None
 
-    def __iter__(self) -> Iterator[bytes]:
-        return self._pieces
-
-    def close(self) -> None:
-        self._pieces.close()
-        self._reply.close()
-        when_closed, self.when_closed = self.when_closed, lambda: None
-        when_closed()
-
     def _iterate(self) -> Generator[bytes]:
         splicer = jsonbytes.Splicer() if self.is_json else None
         give_up = monotonic() + SLOW_CALLER_S
@@ -77,24 +87,16 @@ class ResultBody:
             yield splicer.end(self._member)
 
 
-class StatusEvents:
-    """fal's status stream on its way to the caller, line by line."""
+class StatusEvents(_Pieces):
+    """fal's status stream on its way to the caller, line by line.
+
+    A caller who goes away ends the stream at fal too: a status costs nothing.
+    """
 
     def __init__(self, rt: Runtime, job: Job, reply: FalReply, base_url: str) -> None:
-        self._rt, self._job, self._reply, self._base_url = rt, job, reply, base_url
-        self._pieces = self._iterate()
+        super().__init__(reply)
+        self._rt, self._job, self._base_url = rt, job, base_url
         self._outcome: Outcome | None = None
-        self.when_closed: Callable[[], None] = lambda: None
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self._pieces
-
-    def close(self) -> None:
-        """A caller who goes away ends the stream at fal too: a status costs nothing."""
-        self._pieces.close()
-        self._reply.close()
-        when_closed, self.when_closed = self.when_closed, lambda: None
-        when_closed()
 
     def _iterate(self) -> Generator[bytes]:
         rest, last = b"", b"\n"

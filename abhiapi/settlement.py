@@ -54,16 +54,7 @@ class Seen:
 
 def read_whole(reply: FalReply, most: int = SMALL_BYTES_MAX) -> Seen:
     """An answer with all of its body. Raises `UpstreamBroken` (too large, too), `UpstreamTimeout`."""
-    pieces, size = [], 0
-    try:
-        while piece := reply.read1():
-            pieces.append(piece)
-            size += len(piece)
-            if size > most:
-                raise UpstreamBroken("fal's answer is larger than any of its kind")
-    finally:
-        reply.close()
-    return Seen(reply.status, reply.headers, b"".join(pieces))
+    return Seen(reply.status, reply.headers, reply.read_whole(most))
 
 
 def fetch(rt: Runtime, target: str, headers: wire.Headers) -> FalReply:

@@ -21,7 +21,6 @@ from abhiapi.errors import NotFound, Refused
 from abhiapi.ids import call_text
 
 State = Literal["waiting", "due", "delivered", "failed"]
-STATES: tuple[State, ...] = ("waiting", "due", "delivered", "failed")
 DELIVERED_KEPT_BYTES = 64 * 1024  # a larger payload is forgotten once it has been delivered: it fills the disk
 KEPT_MS = 7 * 86_400_000  # how long a payload is kept after the end, for `webhooks resend`
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import requests
 
 from abhiapi import pricing
@@ -164,6 +165,19 @@ def fresh(url: str) -> Iterator[Fal]:
         yield fal
     finally:
         fal.session.close()
+
+
+@pytest.fixture(scope="module")
+def simulator_url() -> Iterator[str]:
+    """One simulator for a module's tests: imported by it beside `sim`."""
+    with simulator() as url:
+        yield url
+
+
+@pytest.fixture
+def sim(simulator_url: str) -> Iterator[Fal]:
+    with fresh(simulator_url) as client:
+        yield client
 
 
 def wsgi_call(sandbox: Sandbox, path: str, body: bytes, **environ: str) -> tuple[str, dict[str, str], bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -15,28 +14,18 @@ from abhiapi.price_terms import FalPrice
 from tests.command_line import CommandLine, Done
 from tests.harness import Clock
 from tests.rows import FLUX_MICROS, MODEL, Customer, credit, settled
-from tests.sandbox_client import RULES, Fal, fresh, simulator
+from tests.sandbox_client import RULES, Fal, sim, simulator_url
+
+__all__ = ["sim", "simulator_url"]  # fixtures
 
 KINDS = ("new", "changed", "gone", "refused", "placeholder", "unpriced")
 KLING = "fal-ai/kling-video/v2.6/pro/text-to-video"
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with simulator() as running:
-        yield running
-
-
 @pytest.fixture
-def fal(url: str) -> Iterator[Fal]:
-    with fresh(url) as client:
-        yield client
-
-
-@pytest.fixture
-def cli(tmp_path: Path, url: str) -> CommandLine:
+def cli(tmp_path: Path, simulator_url: str) -> CommandLine:
     made = CommandLine(tmp_path)
-    made.settings["ABHIAPI_FAL_API_URL"] = f"{url}/v1"
+    made.settings["ABHIAPI_FAL_API_URL"] = f"{simulator_url}/v1"
     return made
 
 
@@ -46,8 +35,8 @@ def customer(cli: CommandLine) -> Customer:
     return Customer.new(cli.database, Clock(session.now_ms()), credits=100_000)
 
 
-def order(fal: Fal, times: int = 1, path: str = "v1/models/pricing", **weather: Any) -> None:
-    fal.order(*[{"match": path, **weather}] * times).raise_for_status()
+def order(sim: Fal, times: int = 1, path: str = "v1/models/pricing", **weather: Any) -> None:
+    sim.order(*[{"match": path, **weather}] * times).raise_for_status()
 
 
 def counts(done: Done) -> dict[str, int]:
@@ -63,7 +52,7 @@ def append(cli: CommandLine, model: str, price: str | None, standing: Any = "pri
     cli.database.write(lambda tx: fal_prices.append(tx, [word], now_ms=1))
 
 
-def test_sync_takes_all_prices_over_once(cli: CommandLine, fal: Fal) -> None:
+def test_sync_takes_all_prices_over_once(cli: CommandLine, sim: Fal) -> None:
     first = cli("prices", "sync", "--json")
     assert first.exit_code == 0
     assert (first.json["listed"], first.json["priced"], first.json["written"]) == (len(RULES),) * 3
@@ -74,28 +63,28 @@ def test_sync_takes_all_prices_over_once(cli: CommandLine, fal: Fal) -> None:
     assert cli.json("prices", "show", MODEL)["source"] == "fal api"
 
 
-def test_diff_shows_what_a_sync_would_change_and_writes_nothing(cli: CommandLine, fal: Fal) -> None:
+def test_diff_shows_what_a_sync_would_change_and_writes_nothing(cli: CommandLine, sim: Fal) -> None:
     cli("prices", "sync")
     before = cli.dump()
-    order(fal, prices_factor="1.5")
+    order(sim, prices_factor="1.5")
     done = cli("prices", "diff", "--json")
     assert (done.exit_code, counts(done)) == (0, {"changed": len(RULES)})
     flux = next(row for row in done.json["changed"] if row["model"] == MODEL)
     assert (flux["before_usd"], flux["after_usd"]) == (Decimal("0.025"), Decimal("0.0375"))
     assert cli.dump() == before
-    order(fal, prices_factor="1.5")
+    order(sim, prices_factor="1.5")
     assert any(line.split()[:2] == ["changed", MODEL] for line in cli("prices", "diff").lines)
 
 
-def test_a_price_that_jumped_is_refused_by_name_until_it_is_forced(cli: CommandLine, fal: Fal) -> None:
+def test_a_price_that_jumped_is_refused_by_name_until_it_is_forced(cli: CommandLine, sim: Fal) -> None:
     cli("prices", "sync")
-    order(fal, prices_factor="150")
+    order(sim, prices_factor="150")
     refused = cli("prices", "sync")
     assert refused.exit_code == 1
     assert "more than 100 times" in refused.stdout
     assert f"{len(RULES)} prices were refused" in refused.stderr
     assert cli.json("prices", "show", MODEL)["fal_unit_price_usd"] == Decimal("0.025")
-    order(fal, prices_factor="150")
+    order(sim, prices_factor="150")
     assert cli("prices", "sync", "--force").exit_code == 0
     assert cli.json("prices", "show", MODEL)["fal_unit_price_usd"] == Decimal("3.75")
     fallen = cli("prices", "sync")  # back again, which is a fall to less than a hundredth
@@ -122,14 +111,14 @@ def test_a_price_that_jumped_is_refused_by_name_until_it_is_forced(cli: CommandL
     ],
 )
 def test_a_bad_or_partial_answer_keeps_all_old_prices(
-    cli: CommandLine, fal: Fal, path: str, weather: dict[str, Any]
+    cli: CommandLine, sim: Fal, path: str, weather: dict[str, Any]
 ) -> None:
     """failures.md 20: exit 1, the reason in a line, and not one row."""
     cli("prices", "sync")
     before = cli.dump()
-    order(fal, 5, path, **weather)
+    order(sim, 5, path, **weather)
     done = cli("prices", "sync")
-    fal.session.delete(f"{fal.url}/_sandbox/weather", timeout=10)
+    sim.session.delete(f"{sim.url}/_sandbox/weather", timeout=10)
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert cli.dump() == before
@@ -173,7 +162,7 @@ def test_a_pattern_that_raises_a_price_a_hundred_times_needs_a_word(cli: Command
     assert cli(*arguments, "--force").exit_code == 0
 
 
-def test_check_finds_nothing_wrong_with_fals_prices_and_our_margin(cli: CommandLine, fal: Fal) -> None:
+def test_check_finds_nothing_wrong_with_fals_prices_and_our_margin(cli: CommandLine, sim: Fal) -> None:
     append(cli_ready(cli), "acme/fine", "0.04")
     cli("prices", "sync")
     problems = cli("prices", "check", "--json").json["problems"]

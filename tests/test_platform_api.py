@@ -19,21 +19,11 @@ from abhiapi import price_sync, pricing
 from abhiapi.errors import PlatformError, PlatformNotFound
 from abhiapi.platform_api import PAUSE_MAX_S, TRIES, PlatformApi
 from abhiapi.sync import fetched
-from tests.sandbox_client import RULES, Fal, fresh, simulator
+from tests.sandbox_client import RULES, Fal, sim, simulator_url
+
+__all__ = ["sim", "simulator_url"]  # fixtures
 
 CREDENTIAL = "0123456789abcdef:fedcba9876543210fedcba9876543210"
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with simulator() as running:
-        yield running
-
-
-@pytest.fixture
-def fal(url: str) -> Iterator[Fal]:
-    with fresh(url) as client:
-        yield client
 
 
 @contextmanager
@@ -100,8 +90,8 @@ def row(**other: Any) -> dict[str, Any]:
     return {"endpoint_id": "acme/a", "unit_price": 0.04, "unit": "images", "currency": "USD"} | other
 
 
-def test_all_models_and_all_prices_are_the_very_decimals_of_fals_bill(fal: Fal) -> None:
-    with client(fal.url) as api:
+def test_all_models_and_all_prices_are_the_very_decimals_of_fals_bill(sim: Fal) -> None:
+    with client(sim.url) as api:
         answer = fetched(api)
     assert set(answer.listed) == set(RULES)
     assert {model: one.unit_price for model, one in answer.quotes.items()} == {
@@ -117,18 +107,18 @@ def test_all_models_and_all_prices_are_the_very_decimals_of_fals_bill(fal: Fal) 
         ("?endpoint_id=" + ",".join(["fal-ai/flux/dev"] * 51), 400, "validation_error"),
     ],
 )
-def test_the_simulator_refuses_what_fal_refuses(fal: Fal, query: str, status: int, kind: str) -> None:
-    refused = fal.get(f"/v1/models/pricing{query}")
+def test_the_simulator_refuses_what_fal_refuses(sim: Fal, query: str, status: int, kind: str) -> None:
+    refused = sim.get(f"/v1/models/pricing{query}")
     assert (refused.status_code, refused.json()["error"]["type"]) == (status, kind)
 
 
-def test_the_simulator_tells_models_to_everybody_and_prices_to_whoever_has_a_key(fal: Fal) -> None:
-    del fal.session.headers["Authorization"]
-    assert fal.get("/v1/models?limit=2").json()["has_more"] is True
-    assert fal.get("/v1/models?cursor=nonsense!").status_code == 400
-    assert fal.get("/v1/models/pricing?endpoint_id=fal-ai/flux/dev").status_code == 401
-    assert fal.calls() == []  # no calls of a model's
-    assert fal.bill()["calls"] == 0
+def test_the_simulator_tells_models_to_everybody_and_prices_to_whoever_has_a_key(sim: Fal) -> None:
+    del sim.session.headers["Authorization"]
+    assert sim.get("/v1/models?limit=2").json()["has_more"] is True
+    assert sim.get("/v1/models?cursor=nonsense!").status_code == 400
+    assert sim.get("/v1/models/pricing?endpoint_id=fal-ai/flux/dev").status_code == 401
+    assert sim.calls() == []  # no calls of a model's
+    assert sim.bill()["calls"] == 0
 
 
 def test_prices_are_asked_for_fifty_at_a_time_and_pages_are_followed() -> None:
@@ -156,9 +146,9 @@ def test_prices_are_asked_for_fifty_at_a_time_and_pages_are_followed() -> None:
     assert told[-1] == (230, 230)
 
 
-def test_one_unknown_model_costs_its_batch_nothing(fal: Fal) -> None:
+def test_one_unknown_model_costs_its_batch_nothing(sim: Fal) -> None:
     """fal answers 404 for the whole call: it is halved until the unknown id stands alone."""
-    with client(fal.url) as api:
+    with client(sim.url) as api:
         quotes = api.prices([*RULES, "acme/unknown", "acme/other"])
     assert {one.model for one in quotes} == set(RULES)
 
@@ -178,18 +168,18 @@ def test_too_many_unknown_models_are_no_answer() -> None:
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503])
-def test_trouble_of_the_moment_is_waited_out(fal: Fal, status: int) -> None:
-    fal.order(*[{"match": "v1/models", "status": status}] * 2)
+def test_trouble_of_the_moment_is_waited_out(sim: Fal, status: int) -> None:
+    sim.order(*[{"match": "v1/models", "status": status}] * 2)
     waits: list[int] = []
-    with client(fal.url, waits) as api:
+    with client(sim.url, waits) as api:
         assert set(fetched(api).listed) == set(RULES)
     assert waits == [1, 2]
 
 
 @pytest.mark.parametrize("weather", [{"drop": "in_body"}, {"drop": "before_headers"}, {"garbage": True}])
-def test_a_broken_answer_is_asked_for_again(fal: Fal, weather: dict[str, Any]) -> None:
-    fal.order({"match": "v1/models/pricing", **weather})
-    with client(fal.url) as api:
+def test_a_broken_answer_is_asked_for_again(sim: Fal, weather: dict[str, Any]) -> None:
+    sim.order({"match": "v1/models/pricing", **weather})
+    with client(sim.url) as api:
         assert len(fetched(api).quotes) == len(RULES)
 
 
@@ -275,9 +265,9 @@ def test_numbers_are_what_their_digits_say() -> None:
 
 
 @pytest.mark.parametrize("weather", ["repeat", "endless"])
-def test_pages_that_go_in_circles_are_refused(fal: Fal, weather: str) -> None:
-    fal.order(*[{"match": "v1/models", "prices": weather}] * 5)
-    with client(fal.url) as api, pytest.raises(PlatformError, match=r"repeats a page|in circles"):
+def test_pages_that_go_in_circles_are_refused(sim: Fal, weather: str) -> None:
+    sim.order(*[{"match": "v1/models", "prices": weather}] * 5)
+    with client(sim.url) as api, pytest.raises(PlatformError, match=r"repeats a page|in circles"):
         fetched(api)
 
 
@@ -320,8 +310,8 @@ def test_a_bomb_stays_small(encoding: str, pack: Callable[[bytes], bytes]) -> No
         api.prices(["acme/a"])
 
 
-def test_a_list_without_an_end_is_left_when_its_time_is_up(fal: Fal) -> None:
-    api = PlatformApi(f"{fal.url}/v1", CREDENTIAL, timeout_s=0)
+def test_a_list_without_an_end_is_left_when_its_time_is_up(sim: Fal) -> None:
+    api = PlatformApi(f"{sim.url}/v1", CREDENTIAL, timeout_s=0)
     with pytest.raises(PlatformError, match="took longer than 0 s"):
         fetched(api)
     api.close()
@@ -333,12 +323,12 @@ def test_a_path_that_fal_does_not_know_says_so() -> None:
 
 
 @pytest.mark.parametrize("weather", ["currency", "negative", "placeholder", "partial", "shape"])
-def test_bad_weather_over_all_prices_is_refused_as_a_whole(fal: Fal, weather: str) -> None:
+def test_bad_weather_over_all_prices_is_refused_as_a_whole(sim: Fal, weather: str) -> None:
     """What the simulator can do to a price list never ends in a catalogue of nothing."""
     known = [
         pricing.FalPrice(model, rule.unit, rule.fal_unit_price_usd, "priced", "fal api", "2026-11-22")
         for model, rule in RULES.items()
     ]
-    fal.order(*[{"match": "v1/models/pricing", "prices": weather}] * 20)
-    with client(fal.url) as api, pytest.raises(PlatformError):
+    sim.order(*[{"match": "v1/models/pricing", "prices": weather}] * 20)
+    with client(sim.url) as api, pytest.raises(PlatformError):
         price_sync.plan(known, RULES.values(), fetched(api), source="fal api")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,21 +10,11 @@ import requests
 
 from tests.harness import until
 from tests.receiver import Receiver, is_signed
-from tests.sandbox_client import CAT, FLUX, TIMEOUT_S, Fal, fresh, simulator
+from tests.sandbox_client import CAT, FLUX, TIMEOUT_S, Fal, sim, simulator_url
+
+__all__ = ["sim", "simulator_url"]  # fixtures
 
 QUEUE = "/queue" + FLUX
-
-
-@pytest.fixture(scope="module")
-def simulator_url() -> Iterator[str]:
-    with simulator() as url:
-        yield url
-
-
-@pytest.fixture
-def sim(simulator_url: str) -> Iterator[Fal]:
-    with fresh(simulator_url) as client:
-        yield client
 
 
 def submitted(sim: Fal, weather: str = "", **more: Any) -> dict[str, Any]:
