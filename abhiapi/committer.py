@@ -29,6 +29,7 @@ log = logging.getLogger("abhiapi")
 REPLACED = "another file stands where the database was: put the old one back, or restart the server"
 GROUP_MAX = 256  # operations in one transaction; keeps a commit short whatever has queued up
 RETRY_FIRST_S, RETRY_MAX_S = 0.001, 0.05
+CLOSE_PATIENCE_S = 1  # what waited has been tried for longer than this, or is written at once
 
 
 class _Ticket:
@@ -77,7 +78,9 @@ class GroupCommitter:
     def close(self) -> None:
         """Write what is waiting, then stop. Called once nothing can hand in more."""
         try:
-            self.write(lambda tx: None, patience_s=0)
+            self.write(lambda tx: None, patience_s=CLOSE_PATIENCE_S)
+        except DatabaseUnavailable as error:  # those who waited were told the same
+            log.warning("closed while the database could not be used: %s", error.message)
         finally:
             self._greenlet.kill()
             self._disconnect()

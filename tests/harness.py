@@ -63,7 +63,7 @@ def free_port() -> int:
 def environment(**settings: str) -> dict[str, str]:
     """This process's environment without any setting of the product, and with these."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ABHIAPI_", "FAL_"))}
-    return kept | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | settings
+    return kept | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"} | settings
 
 
 @dataclass
@@ -91,6 +91,8 @@ class Process:
         try:
             return self.popen.wait(within_s)
         except subprocess.TimeoutExpired:
+            os.killpg(self.popen.pid, signal.SIGABRT)  # each says where its threads stand
+            self.popen.wait(10)
             self.kill()
             raise AssertionError(f"did not end within {within_s} s:\n{self.output()}") from None
 

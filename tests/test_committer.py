@@ -49,6 +49,16 @@ def test_a_write_is_seen_by_others_when_it_returns(database: Database, writer: G
     assert names(database) == ["ann"]
 
 
+def test_closing_beside_another_process_that_writes_is_no_error(database: Database) -> None:
+    """`abhiapi reconcile` closed its writer while a server committed, and failed with «locked» after all was done."""
+    made = GroupCommitter(database)
+    made.write(create("ann"), patience_s=5)  # type: ignore[arg-type]
+    with closing(sqlite3.connect(database.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        made.close()
+    assert names(database) == ["ann"]
+
+
 def test_writes_that_wait_together_share_a_commit(database: Database, writer: GroupCommitter, sizes: list[int]) -> None:
     jobs = [gevent.spawn(writer.write, create(f"a{n:03}"), patience_s=5) for n in range(100)]
     gevent.joinall(jobs, raise_error=True)

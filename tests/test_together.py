@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import requests
+from sqlalchemy import select
 
-from abhiapi import webhooks
+from abhiapi import tables, webhooks
 from tests.harness import Fal, Server, free_port, until
 from tests.receiver import Receiver
 
@@ -157,6 +158,9 @@ def test_an_end_in_order_waits_for_no_customers_host(fal: Fal, tmp_path: Path, r
         _, key = server.books.account(1000)
         request_id = submit(server, key, "sigterm", receiver).json()["request_id"]
         receiver.delivered(request_id)
-        assert server.process.stop(within_s=10) == 0
+        assert server.process.stop() == 0
+        columns = (tables.webhooks.c.state, tables.webhooks.c.last_status, tables.webhooks.c.last_error)
+        left = server.books.read(lambda tx: tx.all(select(*columns)))
+        assert left == [("due", None, None)]  # it was not waited for, not even until it failed
     finally:
         server.process.kill()
