@@ -20,6 +20,7 @@ KINDS = {
     "low_balance": "an account's balance fell below its threshold",
     "fal_account": "fal refused the operator's credential or account (locked, or out of credit)",
     "below_cost": "a call on a model cost more at fal than it brought in",
+    "billed_above_charge": "fal billed calls on a model at more than was charged for them (`reconcile`)",
     "unknown_hold": "calls on a model could not settle: the operator is asked (`holds list`)",
     "old_hold": "a hold has been open for more than a day",
     "parked_charge": "a charge could not be written, and its answer was withheld",

@@ -17,7 +17,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
-from abhiapi import billing
+from abhiapi import alerts, billing
 from abhiapi.billing import BilledCall, Effect, Event
 from abhiapi.db import Database, Tx
 from abhiapi.ids import call_text
@@ -26,6 +26,7 @@ from abhiapi.pricing import MODEL_ID, decimal_text
 
 BOOKMARK = "fal's billing events"
 LOOKED_AT = "calls held against fal's billing events"  # of which the drift has been listed
+BELOW_COST = "billed_above_charge"  # the kind of alert
 DAY_MS = 86_400_000
 OVERLAP_MS = 2 * DAY_MS  # looked at again each time: events arrive late
 REACH_MS = 89 * DAY_MS  # as far back as fal tells (fal-protocol 8.5)
@@ -61,7 +62,11 @@ class Drift:
 
 @dataclass(slots=True)
 class Compared:
-    """What a comparison did and found. ``losses`` are calls that fal billed and, by our own terms, nobody paid."""
+    """What a comparison did and found.
+
+    ``losses`` are calls that fal billed and, by our own terms, nobody paid; ``below_cost`` counts by model the calls
+    that fal billed at more than was charged for them: its price has risen since the last `prices sync`.
+    """
 
     events: int = 0
     settled: int = 0
@@ -72,6 +77,7 @@ class Compared:
     unreadable: list[str] = field(default_factory=list)  # why, of the first few
     losses: int = 0
     loss_nano_usd: int = 0
+    below_cost: Counter[str] = field(default_factory=Counter)
     drift: Counter[str] = field(default_factory=Counter)
     listed: list[Drift] = field(default_factory=list)
     recent: dict[str, Event] = field(default_factory=dict)  # by fal's request id, the oldest first
@@ -124,6 +130,7 @@ def compare(
         at = end
     _explain_the_rest(done, database, now_ms)
     database.read(partial(_find_drift, done=done, since_ms=listed_ms, now_ms=now_ms, lag_ms=lag_ms))
+    database.write(partial(_alert, below_cost=done.below_cost, now_ms=now_ms))
     if is_whole:
         database.write(partial(_reach, name=LOOKED_AT, at_ms=now_ms))
     return done
@@ -244,6 +251,25 @@ def _find_drift(tx: Tx, *, done: Compared, since_ms: int, now_ms: int, lag_ms: i
         if found.state == "released" and found.billed_units is not None:
             done.losses += 1
             done.loss_nano_usd += found.fal_cost_nano_usd or 0
+        elif _is_below_cost(found):
+            done.below_cost[found.call.model] += 1
+
+
+def _is_below_cost(found: BilledCall) -> bool:
+    """Whether a customer was charged less than fal's own bill of the call comes to."""
+    if found.state != "settled" or found.usage_source == "operator" or found.billed_units is None:
+        return False
+    return (found.fal_cost_nano_usd or 0) > found.net_micros * 1000
+
+
+def _alert(tx: Tx, *, below_cost: Mapping[str, int], now_ms: int) -> None:
+    """Tell of the models that lose money by fal's bill, and of no others any more."""
+    for model, count in below_cost.items():
+        words = f"fal billed {count} calls on {model} at more than was charged for them: run `abhiapi prices sync`"
+        alerts.raise_(tx, BELOW_COST, model, words, now_ms=now_ms)
+    for alert in alerts.standing(tx):
+        if alert.kind == BELOW_COST and alert.subject not in below_cost:
+            alerts.clear(tx, BELOW_COST, alert.subject, now_ms=now_ms)
 
 
 def _disagrees(found: BilledCall, expected_before_ms: int) -> DriftKind | Literal["pending"] | None:

@@ -29,7 +29,7 @@ SIDE_BY_SIDE = 20
 COMMAND: Any = importlib.import_module("abhiapi.commands.reconcile")
 FIELDS = ["settled", "released", "adjusted", "drift", "unknown", "open", "failed"]
 DRIFT_FIELDS = {"kind", "call_id", "fal_request_id", "model", "credits", "units", "fal_units", "fal_cost_usd"}
-FIELDS_OF_BILL = ["events", "unreadable", "pending", "losses", "loss_usd"]
+FIELDS_OF_BILL = ["events", "unreadable", "pending", "below_cost", "losses", "loss_usd"]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abhiapi import audit, billing, calls, fal_bill, jobs, ledger, reports
+from abhiapi import alerts, audit, billing, calls, fal_bill, jobs, ledger, reports
 from abhiapi.billing import Event
 from abhiapi.db import Database
 from abhiapi.errors import Refused, UpstreamBroken
@@ -221,6 +221,24 @@ def test_an_absurd_event_settles_nothing(books: Books, units: str, model: str) -
     books.database.write(lambda tx: calls.finish(tx, call, verdict, now_ms=books.clock.now_ms, usage_source="operator"))
     books.events.clear()  # days later: fal's bill is not read again, and its cost is known all the same
     assert (books.compare().drift, books.fal_cost) == ({}, cost)
+
+
+def test_a_price_of_fals_that_rose_unseen_is_told_and_no_charge_is_touched(books: Books) -> None:
+    """Section B11: between two syncs fal's own bill is the first to show that a model loses money."""
+    books.call(settled(), "r1")
+    books.events.append(Event("r1", MODEL, Decimal(1), FLUX_MICROS * 1000 + 1, books.clock.now_ms))
+    books.call(settled(), "r2")
+    books.events.append(Event("r2", MODEL, Decimal(1), FLUX_MICROS * 1000, books.clock.now_ms))
+    balance = books.balance
+    done = books.compare()
+    assert (done.below_cost, done.drift, done.losses, books.balance) == ({MODEL: 1}, {}, 0, balance)
+    assert [alert.subject for alert in books.database.read(alerts.standing)] == [MODEL]
+    for request_id in ("r3", "r4"):  # each comparison looks at the two days before the last one again
+        books.clock.tick(3 * DAY_MS)
+        books.call(settled(), request_id)
+        books.bill(request_id)
+        books.compare_since(None)
+    assert books.database.read(alerts.standing) == []
 
 
 def test_what_was_given_back_and_billed_all_the_same_is_a_loss(books: Books) -> None:

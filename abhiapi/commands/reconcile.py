@@ -48,7 +48,8 @@ def reconcile(since: str | None, as_json: bool) -> None:
 
     The kinds of drift: not_billed_by_fal (charged here, and fal has no bill of it), unexplained_event (fal's bill of
     something that no call of ours explains), units_differ, other_model, billed_twice, not_settled. Pending calls ended
-    too lately for fal's bill; losses are calls that fal billed and, by the terms of service, nobody here pays.
+    too lately for fal's bill; below_cost are calls that fal billed at more than was charged for them; losses are calls
+    that fal billed and, by the terms of service, nobody here pays.
 
     Needs FAL_KEY, and for fal's bill an ADMIN key: FAL_ADMIN_KEY, or FAL_KEY if it is one. Exits with 1 when jobs
     could not be looked at or fal's bill could not be read, wholly or in part.
@@ -150,6 +151,7 @@ def _shape(done: Round, compared: Compared | None, unknown: int) -> dict[str, An
         "events": compared.events if compared else None,
         "unreadable": compared.left_out if compared else None,
         "pending": compared.pending if compared else None,
+        "below_cost": sum(compared.below_cost.values()) if compared else None,
         "losses": compared.losses if compared else None,
         "loss_usd": None if compared is None else Decimal(library.money.nanos_usd_text(compared.loss_nano_usd)),
     }
@@ -172,6 +174,8 @@ def _drift(one: Drift) -> dict[str, Any]:
 def _tell(done: Round, compared: Compared | None, trouble: str | None) -> None:
     """What the numbers do not say. Raises `Refused` where something could not be done."""
     if compared:
+        for model, count in sorted(compared.below_cost.items()):
+            say(f"fal billed {count} calls on {model} at more than was charged for them: run `abhiapi prices sync`")
         for why in compared.unreadable:
             say(f"a row of fal's bill was left out: {why}")
         total = sum(compared.drift.values())
