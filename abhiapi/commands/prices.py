@@ -138,6 +138,11 @@ def set_price(
         return before, after
 
     before, after = session.write(op)
+    _tell_set(name, before, after, says_of_hold=hold is None, as_json=as_json)
+
+
+def _tell_set(name: str, before: Catalogue, after: Catalogue, *, says_of_hold: bool, as_json: bool) -> None:
+    """What a price that was set has changed."""
     changed = [price for price in after if _was(before, price.model) != price]
     free = [price.model for price in changed if price.unit_price_usd == 0]
     if free:
@@ -146,7 +151,7 @@ def set_price(
         _say_pattern(changed, as_json=as_json)
         return
     price = after.price_of(name)
-    if price.hold_micros is not None and not price.hold_is_guess and hold is None:
+    if price.hold_micros is not None and not price.hold_is_guess and says_of_hold:
         say(f"each call of {price.model} holds {credits(price.hold_micros)} credits, as before (--hold auto ends that)")
     print_one(library.shapes.price(price), as_json=as_json)
 
