@@ -1,8 +1,9 @@
-"""What the benchmark needs beside this repository, installed when absent: nginx, wrk and Node.js, Express from npm."""
+"""What the benchmark needs beside this repository, installed when absent: nginx, wrk, Node.js, Express, LiteLLM."""
 
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from process import BenchError
@@ -10,12 +11,18 @@ from process import BenchError
 BENCH = Path(__file__).resolve().parent
 EXPRESS = BENCH / "express"
 CACHE = BENCH / ".cache"
+LITELLM = "litellm[proxy]==1.106.2"
 PACKAGES = {"nginx": "nginx-light", "wrk": "wrk", "node": "nodejs", "npm": "npm"}
 
 
 def express_modules() -> Path:
     """Where the official proxy is installed (Node's NODE_PATH)."""
     return CACHE / "express" / "node_modules"
+
+
+def litellm_command() -> Path:
+    """Where LiteLLM's proxy is installed: in an environment of its own, since it pins much."""
+    return CACHE / "litellm" / "bin" / "litellm"
 
 
 def install(stacks: list[str]) -> None:
@@ -27,6 +34,18 @@ def install(stacks: list[str]) -> None:
         _install_debian(missing)
     if "official" in stacks:
         _install_express()
+    if "litellm" in stacks:
+        _install_litellm()
+
+
+def _install_litellm() -> None:
+    folder = CACHE / "litellm"
+    stamp = folder / "installed.txt"
+    if stamp.exists() and stamp.read_text() == LITELLM:
+        return
+    _run([sys.executable, "-m", "venv", "--clear", str(folder)], dict(os.environ))
+    _run([str(folder / "bin" / "pip"), "install", "--quiet", LITELLM], dict(os.environ))
+    stamp.write_text(LITELLM)
 
 
 def _install_debian(packages: list[str]) -> None:

@@ -22,6 +22,7 @@ TITLES = {
     "direct": "stub, no proxy",
     "nginx": "nginx",
     "official": "official on Express",
+    "litellm": "LiteLLM, pass-through",
     "abhiapi": "AbhiAPI",
 }
 HEADINGS = (

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from books import CLI, Books, command_line
-from install import EXPRESS, express_modules
+from install import EXPRESS, express_modules, litellm_command
 from nginx import nginx
 from process import Process, free_port
 from stub import MODEL_PATH, Stub
@@ -84,6 +84,31 @@ def official(stub: Stub, folder: Path, core: int) -> Iterator[Running]:
 
 
 @contextlib.contextmanager
+def litellm(stub: Stub, folder: Path, core: int) -> Iterator[Running]:
+    """LiteLLM's proxy with a pass-through route: it checks its master key and forwards; its database is off."""
+    port = free_port()
+    config = folder / "litellm.yaml"
+    config.write_text(f"""
+model_list: []
+general_settings:
+  master_key: sk-bench
+  pass_through_endpoints:
+    - path: "/fal-ai"
+      target: "{stub.url}/fal-ai"
+      include_subpath: true
+      headers: {{ Authorization: "Key {FAL_KEY}", content-type: application/json }}
+""")
+    env = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
+    argv = [str(litellm_command()), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
+    process = Process(argv, core=core, env=env, cwd=folder, log=folder / "litellm.log")
+    try:
+        process.wait_until_listening(port)
+        yield Running(port, headers=JSON_HEADERS | {"authorization": "Bearer sk-bench"}, process=process)
+    finally:
+        process.stop()
+
+
+@contextlib.contextmanager
 def abhiapi(stub: Stub, folder: Path, core: int) -> Iterator[Running]:
     """This repository's proxy: one process, a new SQLite file, every charge recorded before its answer is whole."""
     port = free_port()
@@ -113,6 +138,7 @@ STACKS: dict[str, StackStarter] = {
     "direct": direct,
     "nginx": nginx_proxy,
     "official": official,
+    "litellm": litellm,
     "abhiapi": abhiapi,
 }
 
