@@ -36,8 +36,8 @@ _KINDS = text(
 )
 _MISFITS = text(
     "SELECT seq FROM (SELECT seq, amount_micros,"
-    "  balance_after_micros - LAG(balance_after_micros, 1, :opening) OVER (ORDER BY seq) AS moved"
-    "  FROM entries WHERE account_id = :account AND seq BETWEEN :first AND :last)"
+    "  balance_after_micros - LAG(balance_after_micros, 1, CAST(:opening AS BIGINT)) OVER (ORDER BY seq) AS moved"
+    "  FROM entries WHERE account_id = :account AND seq BETWEEN :first AND :last) steps"
     " WHERE moved <> amount_micros LIMIT 1"
 )
 _PAGE = (
