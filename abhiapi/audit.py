@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import ColumnElement, Select, func, literal_column, or_, select, text, union_all
 
-from abhiapi import reports
-from abhiapi.db import Tx
+from abhiapi import reports, tables
+from abhiapi.db import Tx, month_start, utc
 from abhiapi.ids import call_text, entry_text
 from abhiapi.ledger import entry_hash
 from abhiapi.money import credits_text
@@ -33,12 +34,20 @@ class Finding:
         return not self.problems
 
 
+def _differing(both: Any, by: str, figures: str) -> Select[Any]:
+    """Where two counts of the same, one of them with a minus, do not come to nothing."""
+    groups = [both[name] for name in by.split()]
+    sums = [func.sum(both[name]) for name in figures.split()]
+    return select(*groups, *sums).group_by(*groups).having(or_(*(total != literal_column("0") for total in sums)))
+
+
 _ACCOUNTS = text(
     "SELECT account_id, name, balance_micros, held_micros, last_seq, last_hash FROM accounts ORDER BY account_id"
 )
 # Grouped by an expression, so that SQLite reads the few open calls from their index and not all of an account.
 _HELD = text(
-    "SELECT account_id, SUM(held_micros) FROM calls WHERE state IN ('held', 'sent', 'unknown') GROUP BY account_id + 0"
+    "SELECT account_id + 0, SUM(held_micros) FROM calls WHERE state IN ('held', 'sent', 'unknown')"
+    " GROUP BY account_id + 0"
 )
 _LAST_ENTRIES = text(
     "SELECT a.account_id, a.name, a.balance_micros, a.held_micros, a.last_seq, a.last_hash,"
@@ -60,8 +69,6 @@ _REFUNDS = text(
     " JOIN calls c ON c.call_id = e.call_id WHERE e.kind = 'refund' GROUP BY e.call_id"
     " HAVING SUM(e.amount_micros) <> MAX(c.refunded_micros)"
 )
-# Whoever removes an account or a call takes its entries out of every sum above; what points at it still tells.
-_DANGLING = text('SELECT "table", parent, COUNT(*) FROM pragma_foreign_key_check GROUP BY "table", parent')
 _REFUNDED_WITHOUT_ENTRY = text(
     "SELECT call_id, refunded_micros, 0 FROM calls WHERE refunded_micros > 0 AND call_id NOT IN"
     " (SELECT call_id FROM entries WHERE kind = 'refund')"
@@ -82,40 +89,64 @@ _ROLL_UPS = text(
     "  FROM calls c JOIN price_versions p ON p.price_id = c.price_id WHERE c.state IN ('settled', 'released')"
     " UNION ALL"
     " SELECT account_id, day, model, key_id, -calls, -charged_micros, -fal_cost_nano_usd FROM usage_daily"
-    ") GROUP BY account_id, day, model, key_id HAVING SUM(calls) <> 0 OR SUM(charged) <> 0 OR SUM(cost) <> 0"
+    ") counted GROUP BY account_id, day, model, key_id HAVING SUM(calls) <> 0 OR SUM(charged) <> 0 OR SUM(cost) <> 0"
 )
 
 
-_MONTHS = text(
-    "SELECT month, account_id, key_id, SUM(calls), SUM(charged), SUM(cost) FROM ("
-    " SELECT strftime('%Y-%m', day * 86400, 'unixepoch') AS month, account_id, key_id, calls,"
-    "  charged_micros AS charged, fal_cost_nano_usd AS cost FROM usage_daily"
-    " UNION ALL"
-    " SELECT month, account_id, key_id, -calls, -charged_micros, -fal_cost_nano_usd FROM usage_monthly"
-    ") GROUP BY month, account_id, key_id HAVING SUM(calls) <> 0 OR SUM(charged) <> 0 OR SUM(cost) <> 0"
-)
+_m, _d = tables.usage_monthly.c, tables.usage_daily.c
+_BY_MONTH = union_all(
+    select(
+        utc(literal_column("'%Y-%m'"), _d.day * literal_column("86400")).label("month"), _d.account_id, _d.key_id,
+        _d.calls, _d.charged_micros.label("charged"), _d.fal_cost_nano_usd.label("cost"),
+    ),
+    select(_m.month, _m.account_id, _m.key_id, -_m.calls, -_m.charged_micros, -_m.fal_cost_nano_usd),
+).subquery("both_months")  # fmt: skip
+_MONTHS = _differing(_BY_MONTH.c, "month account_id key_id", "calls charged cost")
 _TOTALS = text(
     "SELECT day, model, SUM(calls), SUM(charged), SUM(cost) FROM ("
     " SELECT day, model, calls, charged_micros AS charged, fal_cost_nano_usd AS cost FROM usage_daily"
     " UNION ALL SELECT day, model, -calls, -charged_micros, -fal_cost_nano_usd FROM usage_totals"
-    ") GROUP BY day, model HAVING SUM(calls) <> 0 OR SUM(charged) <> 0 OR SUM(cost) <> 0"
+    ") counted GROUP BY day, model HAVING SUM(calls) <> 0 OR SUM(charged) <> 0 OR SUM(cost) <> 0"
 )
 # What calls of limited keys hold and were charged, by the day and the month of their admission, against the counters.
 # Months before a limit was set were never counted.
 _LIMITED = text("SELECT 1 FROM keys WHERE limit_id IS NOT NULL LIMIT 1")
-_SPENDING = text(
-    "WITH spent AS ("
-    " SELECT k.limit_id AS limit_id, c.created_at / 86400000 * 86400 AS at, SUM(CASE WHEN c.state IN"
-    "  ('settled', 'released') THEN c.charged_micros + c.adjusted_micros - c.refunded_micros ELSE c.held_micros END)"
-    " AS micros"
-    "  FROM calls c CROSS JOIN keys k ON k.key_id = c.key_id CROSS JOIN key_limits l ON l.limit_id = k.limit_id"
-    "  WHERE c.created_at >= 1000 * strftime('%s', l.created_at / 1000, 'unixepoch', 'start of month') GROUP BY 1, 2"
-    ") SELECT limit_id, period, SUM(micros), SUM(counted) FROM ("
-    " SELECT limit_id, strftime(forms.form, at, 'unixepoch') AS period, micros, 0 AS counted FROM spent"
-    "  CROSS JOIN (SELECT '%Y-%m-%d' AS form UNION ALL SELECT '%Y-%m') forms"
-    " UNION ALL SELECT limit_id, period, 0, spent_micros FROM key_spending"
-    ") GROUP BY limit_id, period HAVING SUM(micros) <> SUM(counted)"
+_SPENT = (
+    select(
+        literal_column("k.limit_id").label("limit_id"),
+        literal_column("c.created_at / 86400000 * 86400").label("at"),
+        literal_column(
+            "SUM(CASE WHEN c.state IN ('settled', 'released')"
+            " THEN c.charged_micros + c.adjusted_micros - c.refunded_micros ELSE c.held_micros END)"
+        ).label("micros"),
+    )
+    .select_from(text("calls c CROSS JOIN keys k CROSS JOIN key_limits l"))
+    .where(
+        text("k.key_id = c.key_id AND l.limit_id = k.limit_id"),
+        literal_column("c.created_at / 1000") >= month_start(literal_column("l.created_at / 1000")),
+    )
+    .group_by(text("1"), text("2"))
+    .cte("spent")
 )
+_s = tables.key_spending.c
+_ZERO: ColumnElement[int] = literal_column("0")
+_FORMS: tuple[ColumnElement[str], ...] = (literal_column("'%Y-%m-%d'"), literal_column("'%Y-%m'"))
+_BY_PERIOD = union_all(
+    *(
+        select(
+            _SPENT.c.limit_id, utc(form, _SPENT.c.at).label("period"), _SPENT.c.micros, _ZERO.label("counted")
+        )
+        for form in _FORMS
+    ),
+    select(_s.limit_id, _s.period, _ZERO, _s.spent_micros),
+).subquery("moved")  # fmt: skip
+_SPENDING = (
+    select(
+        _BY_PERIOD.c.limit_id, _BY_PERIOD.c.period, func.sum(_BY_PERIOD.c.micros), func.sum(_BY_PERIOD.c.counted)
+    )
+    .group_by(_BY_PERIOD.c.limit_id, _BY_PERIOD.c.period)
+    .having(func.sum(_BY_PERIOD.c.micros) != func.sum(_BY_PERIOD.c.counted))
+)  # fmt: skip
 
 
 def verify(tx: Tx, *, progress: Callable[[int], None] = lambda entries: None) -> Finding:
@@ -133,8 +164,9 @@ def verify(tx: Tx, *, progress: Callable[[int], None] = lambda entries: None) ->
     accounts = list(tx.each(_ACCOUNTS))
     problems.extend(_account_problems(accounts, chain, dict(tx.all(_HELD))))
     problems.extend(islice(_call_problems(tx), PROBLEMS_MAX))
+    # Whoever removes an account or a call takes its entries out of every sum above; what points at it still tells.
     problems.extend(
-        f"{rows} rows of {table} name rows of {parent} that are gone" for table, parent, rows in tx.each(_DANGLING)
+        f"{rows} rows of {table} name rows of {parent} that are gone" for table, parent, rows in tx.dangling()
     )
     return Finding(len(accounts), count, problems[:PROBLEMS_MAX])
 

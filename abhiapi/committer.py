@@ -1,18 +1,19 @@
 """The single writer of a serving process: gathers small operations into one durable transaction (group commit).
 
-Greenlets hand over an operation and wait. A writer greenlet runs what has gathered and commits it in a native thread
-with ``synchronous=FULL``. An operation that fails takes no neighbour with it: if it had written anything, the group is
-undone and run again without it. A greenlet learns the outcome only after the commit: whoever was told of a write
-still has it after a power cut. Statements run in the event loop (they touch memory, some 10 microseconds each); the
-disk is waited for in the thread, and another process's lock is waited for without blocking, by trying again.
+Greenlets hand over an operation and wait. A writer greenlet runs what has gathered and commits it; on SQLite in a
+native thread with ``synchronous=FULL``, on PostgreSQL by waiting for the network. An operation that fails takes no
+neighbour with it: if it had written anything, the group is undone and run again without it. A greenlet learns the
+outcome only after the commit: whoever was told of a write still has it after a power cut. Another process's turn is
+waited for without blocking. Where the connection is lost during a commit, what came of it is found out first: nobody
+is told of a failure that may have been none, and nothing is written twice.
 """
 
 from __future__ import annotations
 
 import logging
-import sqlite3
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -20,16 +21,17 @@ import gevent
 from gevent.event import Event
 from gevent.threadpool import ThreadPool
 
-from abhiapi.db import Busy, Database, Tx, file_identity, is_trouble, marked, translated
+from abhiapi.db import Busy, Database, OutcomeUnknown, Session, Tx, marked
 from abhiapi.errors import DatabaseUnavailable
 
 T = TypeVar("T")
 log = logging.getLogger("abhiapi")
 
-REPLACED = "another file stands where the database was: put the old one back, or restart the server"
 GROUP_MAX = 256  # operations in one transaction; keeps a commit short whatever has queued up
 RETRY_FIRST_S, RETRY_MAX_S = 0.001, 0.05
 CLOSE_PATIENCE_S = 1  # what waited has been tried for longer than this, or is written at once
+TURN_S = 1  # how long one wait for a turn lasts, where waiting stops nobody else
+ANSWER_S = 20  # a database that has not answered within this time is not there
 
 
 class _Ticket:
@@ -53,10 +55,9 @@ class GroupCommitter:
         self._on_group = on_group or (lambda size: None)
         self._waiting: deque[_Ticket] = deque()
         self._wake = Event()
+        self._place = database.place()
         self._thread = ThreadPool(1)
-        self._connection: sqlite3.Connection | None = None
-        self._tx: Tx | None = None
-        self._file: tuple[int, int] | None = None
+        self._session: Session | None = None
         self._greenlet = gevent.spawn(self._run)
 
     def write(self, op: Callable[[Tx], T], *, patience_s: float) -> T:
@@ -98,7 +99,7 @@ class GroupCommitter:
                 group = [pending.popleft() for _ in range(min(len(pending), GROUP_MAX))]
                 try:
                     self._commit(group)
-                except (sqlite3.Error, DatabaseUnavailable) as error:
+                except DatabaseUnavailable as error:
                     pending.extendleft(reversed(group))
                     pending = self._without_expired(pending, error)
                     gevent.sleep(pause_s)
@@ -115,11 +116,10 @@ class GroupCommitter:
                     if len(group) > 1:
                         gevent.sleep(0)  # those who were just told may have more to write: larger groups, fewer commits
 
-    def _without_expired(self, pending: deque[_Ticket], error: sqlite3.Error | DatabaseUnavailable) -> deque[_Ticket]:
+    def _without_expired(self, pending: deque[_Ticket], trouble: DatabaseUnavailable) -> deque[_Ticket]:
         """Tell those whose patience has ended what the trouble is; the others go on waiting."""
-        trouble = error if isinstance(error, DatabaseUnavailable) else translated(error)
         if not isinstance(trouble, Busy):
-            self._disconnect()  # whatever it was, a fresh connection sees the disk as it is then
+            self._disconnect()  # whatever it was, a fresh connection sees the database as it is then
         now = monotonic()
         for ticket in pending:
             if ticket.deadline <= now and not ticket.done.is_set():
@@ -129,8 +129,7 @@ class GroupCommitter:
 
     def _commit(self, group: list[_Ticket]) -> None:
         """Run and commit a group. Raises the database's trouble; an operation's own error goes to its ticket."""
-        connection, tx = self._connected()
-        while not self._run_group(connection, tx, group):
+        while not self._run_group(self._connected(), group):
             for ticket in group:
                 if ticket.error is not None:
                     ticket.done.set()
@@ -138,46 +137,74 @@ class GroupCommitter:
         for ticket in group:
             ticket.done.set()
 
-    def _run_group(self, connection: sqlite3.Connection, tx: Tx, group: list[_Ticket]) -> bool:
+    def _run_group(self, session: Session, group: list[_Ticket]) -> bool:
         """Run a group in one transaction; False if it was undone because an operation failed after writing."""
-        connection.execute("BEGIN IMMEDIATE")
         try:
-            with marked():
-                for ticket in group:
-                    before = connection.total_changes
-                    ticket.result = ticket.error = None
-                    try:
-                        ticket.result = ticket.op(tx)
-                    except Exception as error:
-                        if is_trouble(error):
+            with self._bounded():
+                session.begin()
+                with marked():
+                    for ticket in group:
+                        before = session.changes()
+                        ticket.result = ticket.error = None
+                        try:
+                            with self._database.translating():
+                                ticket.result = ticket.op(session.tx)
+                        except DatabaseUnavailable:
                             raise
-                        ticket.error = error
-                        if connection.total_changes != before:
-                            return False
-            in_thread(self._thread, lambda: connection.execute("COMMIT"))
+                        except Exception as error:
+                            ticket.error = error
+                            if session.is_spoilt() or session.changes() != before:
+                                return False
+                self._aside(session.commit)
             return True
+        except OutcomeUnknown as lost:
+            return self._found_out(lost, session)
         finally:
-            if connection.in_transaction:
-                _roll_back(connection)
+            session.roll_back()
 
-    def _connected(self) -> tuple[sqlite3.Connection, Tx]:
-        """The writer's connection, to the file that stands at the path now."""
-        identity = file_identity(self._database.path)
-        if identity is None:
-            self._disconnect()
-            raise DatabaseUnavailable("the database file is gone", retry_after_s=5)
-        if self._file not in (None, identity):
-            raise DatabaseUnavailable(REPLACED, retry_after_s=30)
-        if self._connection is None or self._tx is None:
-            self._connection = in_thread(self._thread, self._database.connect)
-            self._tx = self._database.tx(self._connection)
-            self._file = identity
-        return self._connection, self._tx
+    def _found_out(self, lost: OutcomeUnknown, session: Session) -> bool:
+        """Wait until it is known what came of a commit: True if it happened, else the trouble that kept it from it.
+
+        The group is told nothing until then, however long that takes: what was written must not be called a failure.
+        Those who came meanwhile wait no longer than they would have.
+        """
+        log.warning("%s: asking what came of it", lost.message)
+        session.close()
+        self._session = None
+        pause_s = RETRY_FIRST_S
+        while True:
+            try:
+                if self._database.has_committed(lost.mark):
+                    return True
+                break
+            except DatabaseUnavailable as error:
+                self._waiting = self._without_expired(self._waiting, error)
+                gevent.sleep(pause_s)
+                pause_s = min(pause_s * 2, RETRY_MAX_S)
+        raise DatabaseUnavailable(lost.message, retry_after_s=5) from lost
+
+    def _connected(self) -> Session:
+        """The writer's connection, to the ledger that it knew from the start."""
+        self._place.check()
+        if self._session is None:
+            patience_s = TURN_S if self._database.waits_cooperatively else 0
+            self._session = self._aside(lambda: self._database.session(patience_s=patience_s))
+        return self._session
 
     def _disconnect(self) -> None:
-        if self._connection is not None:
-            in_thread(self._thread, self._connection.close)
-        self._connection = None
+        if self._session is not None:
+            self._aside(self._session.close)
+        self._session = None
+
+    def _aside(self, task: Callable[[], T]) -> T:
+        """Do what waits for the database while other greenlets go on."""
+        return task() if self._database.waits_cooperatively else in_thread(self._thread, task)
+
+    def _bounded(self) -> gevent.Timeout | nullcontext[None]:
+        """A limit to waiting for a server that takes what it is sent and says nothing."""
+        if not self._database.waits_cooperatively:
+            return nullcontext()
+        return gevent.Timeout(ANSWER_S, DatabaseUnavailable("the database does not answer", retry_after_s=5))
 
 
 def in_thread(pool: ThreadPool, task: Callable[[], T]) -> T:
@@ -197,44 +224,3 @@ def _caught(task: Callable[[], Any]) -> tuple[Any, BaseException | None]:
         return task(), None
     except BaseException as error:
         return None, error
-
-
-def _roll_back(connection: sqlite3.Connection) -> None:
-    try:
-        connection.execute("ROLLBACK")
-    except sqlite3.Error as error:
-        if not is_trouble(error):
-            raise
-        # The disk is in trouble: the connection is dropped by the caller, which undoes the transaction as well.
-
-
-class Reader:
-    """One connection for quick look-ups in the event loop, such as a key by its digest. Never waits for a lock."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._connection: sqlite3.Connection | None = None
-        self._file: tuple[int, int] | None = None
-
-    def read(self, op: Callable[[Tx], T]) -> T:
-        """Run ``op``, whose every statement sees the latest committed state. Raises `DatabaseUnavailable`."""
-        identity = file_identity(self._database.path)
-        if identity is None:
-            raise DatabaseUnavailable("the database file is gone", retry_after_s=5)
-        try:
-            if self._file not in (None, identity):
-                raise DatabaseUnavailable(REPLACED, retry_after_s=30)
-            if self._connection is None:
-                self._connection = self._database.connect()
-                self._file = identity
-            return op(self._database.tx(self._connection))
-        except sqlite3.Error as error:
-            if not is_trouble(error):
-                raise
-            self.close()
-            raise translated(error) from error
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from abhiapi import calls, ids, processes, reports
-from abhiapi.db import Tx
+from abhiapi import calls, ids, reports
+from abhiapi.db import Database, Tx
 from abhiapi.errors import NotFound, Refused
 from abhiapi.metering import Verdict
 from abhiapi.money import Micros
@@ -27,7 +26,7 @@ class Ended:
 
 
 def end(
-    tx: Tx, database_path: Path, call_id: int, charge_micros: Micros | None, *, force: bool = False, now_ms: int
+    tx: Tx, database: Database, call_id: int, charge_micros: Micros | None, *, force: bool = False, now_ms: int
 ) -> Ended:
     """End a hold as a charge, or (None) as a release; what was seen of fal's answer stays with the call.
 
@@ -38,7 +37,7 @@ def end(
         raise NotFound(f"no call has the id {ids.call_text(call_id)}")
     open_call = calls.open_call(tx, call_id)
     if not force:
-        _check_abandoned(tx, database_path, row, now_ms)
+        _check_abandoned(tx, database, row, now_ms)
     verdict = Verdict(
         "released" if charge_micros is None else "settled",
         charge_micros or Micros(0),
@@ -50,9 +49,9 @@ def end(
     return Ended(row, reports.charge_of(tx, call_id), balance)
 
 
-def _check_abandoned(tx: Tx, database_path: Path, row: CallRow, now_ms: int) -> None:
+def _check_abandoned(tx: Tx, database: Database, row: CallRow, now_ms: int) -> None:
     process_id, pid, deadline_at = reports.keeper(tx, row.call_id)
-    if row.state == "unknown" or now_ms > deadline_at or processes.reap(database_path, process_id, pid):
+    if row.state == "unknown" or now_ms > deadline_at or database.is_dead(process_id, pid):
         return
     raise StillServed(
         f"{ids.call_text(row.call_id)} is still being served and ends by itself, at the latest by "

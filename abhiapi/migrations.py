@@ -1,8 +1,8 @@
 """Making a new database, and bringing an old one up to this version without losing a ledger.
 
-schema.sql is the end state. `STEPS` are numbered and only ever appended to: step n turns version n into n + 1. An
-old database is copied beside itself first, and each step is one transaction, so an upgrade that fails leaves what
-was there.
+This is SQLite's half; PostgreSQL's is `migrations_postgres`. schema.sql is the end state. `STEPS` are numbered and
+only ever appended to: step n turns version n into n + 1. An old database is copied beside itself first, and each step
+is one transaction, so an upgrade that fails leaves what was there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from importlib import resources
 from itertools import count
 from pathlib import Path
 
-from abhiapi.db import APPLICATION_ID, CLI_PATIENCE_S, Database, translated
+from abhiapi.db import CLI_PATIENCE_S, Database, database_at
+from abhiapi.db_sqlite import APPLICATION_ID, SqliteDatabase, translated
 from abhiapi.errors import DatabaseUnavailable, SchemaError
 from abhiapi.settings import Settings
 
@@ -56,7 +57,7 @@ VERSION = 1 + len(STEPS)
 
 def open_database(settings: Settings) -> Database:
     """The database of the settings, created or upgraded if need be (said in the log). Raises `SchemaError`."""
-    database = Database(settings.database_url)
+    database = database_at(settings.database_url)
     done = migrate(database)
     if done:
         log.warning("%s", done)
@@ -66,9 +67,17 @@ def open_database(settings: Settings) -> Database:
 def migrate(database: Database, *, steps: Sequence[Step] = STEPS, schema: str | None = None) -> str | None:
     """Create or upgrade the database; what was done, in words, or None when it was up to date.
 
-    Raises `SchemaError` for a file that is not ours or is of a newer version, `DatabaseUnavailable` for the disk's
-    troubles. Safe when several processes start at once: the first does the work, the others find it done.
+    Raises `SchemaError` for what is not ours or is of a newer version, `DatabaseUnavailable` for the disk's or the
+    server's troubles. Safe when several processes start at once: the first does the work, the others find it done.
     """
+    if isinstance(database, SqliteDatabase):
+        return _migrate_file(database, steps, schema)
+    from abhiapi import migrations_postgres  # here, because SQLite needs none of what it imports
+
+    return migrations_postgres.migrate(database, VERSION)
+
+
+def _migrate_file(database: SqliteDatabase, steps: Sequence[Step], schema: str | None) -> str | None:
     version_wanted = 1 + len(steps)
     has_log = database.has_log()  # asked before `exists`: whoever creates one just now makes the file first
     is_new = not database.exists()
@@ -166,7 +175,9 @@ def _create(connection: sqlite3.Connection, path: Path, schema: str, version: in
     return f"created the database {path}"
 
 
-def _upgrade(database: Database, connection: sqlite3.Connection, version: int, steps: Sequence[Step]) -> Path | None:
+def _upgrade(
+    database: SqliteDatabase, connection: sqlite3.Connection, version: int, steps: Sequence[Step]
+) -> Path | None:
     """Take the steps from ``version`` on; the copy of what was there before, None if there was nothing left to do."""
     connection.execute("PRAGMA foreign_keys = OFF")  # a step may make a table anew; `_apply` looks at the end of each
     copy: Path | None = None
@@ -176,7 +187,7 @@ def _upgrade(database: Database, connection: sqlite3.Connection, version: int, s
 
 
 def _apply(
-    database: Database, connection: sqlite3.Connection, step: Step, number: int, copy: Path | None
+    database: SqliteDatabase, connection: sqlite3.Connection, step: Step, number: int, copy: Path | None
 ) -> Path | None:
     """Take one step in one transaction. The copy is made inside the first, when nobody else can write any more."""
     made = None
@@ -201,7 +212,7 @@ def _apply(
     return copy
 
 
-def _copy(database: Database, version: int) -> Path:
+def _copy(database: SqliteDatabase, version: int) -> Path:
     """A consistent copy of the database as it was, never over an earlier copy, readable by no more people."""
     path = database.path
     for number in count():

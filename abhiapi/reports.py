@@ -287,20 +287,22 @@ _BY_KEY = text(
     " SELECT key_id, calls, charged_micros AS charged, fal_cost_nano_usd AS cost FROM usage_monthly"
     "  WHERE month BETWEEN :first_month AND :last_month"
     " UNION ALL SELECT u.key_id, u.calls, u.charged_micros, u.fal_cost_nano_usd FROM accounts a"
-    "  CROSS JOIN usage_daily u ON u.account_id = a.account_id AND u.day BETWEEN :first AND :last"
+    "  CROSS JOIN usage_daily u WHERE u.account_id = a.account_id AND u.day BETWEEN :first AND :last"
     " UNION ALL SELECT u.key_id, u.calls, u.charged_micros, u.fal_cost_nano_usd FROM accounts a"
-    "  CROSS JOIN usage_daily u ON u.account_id = a.account_id AND u.day BETWEEN :then AND :end"
-    ") GROUP BY key_id ORDER BY key_id"
+    "  CROSS JOIN usage_daily u WHERE u.account_id = a.account_id AND u.day BETWEEN :then AND :end"
+    ") p GROUP BY key_id ORDER BY key_id"
 )
 _BY_ACCOUNT = text(
     "SELECT n.name, SUM(p.calls), SUM(p.charged), SUM(p.cost) FROM ("
     " SELECT account_id, SUM(calls) AS calls, SUM(charged_micros) AS charged, SUM(fal_cost_nano_usd) AS cost"
     "  FROM usage_monthly WHERE month BETWEEN :first_month AND :last_month GROUP BY account_id"
     " UNION ALL SELECT a.account_id, SUM(u.calls), SUM(u.charged_micros), SUM(u.fal_cost_nano_usd) FROM accounts a"
-    "  CROSS JOIN usage_daily u ON u.account_id = a.account_id AND u.day BETWEEN :first AND :last GROUP BY a.account_id"
+    "  CROSS JOIN usage_daily u WHERE u.account_id = a.account_id AND u.day BETWEEN :first AND :last"
+    "  GROUP BY a.account_id"
     " UNION ALL SELECT a.account_id, SUM(u.calls), SUM(u.charged_micros), SUM(u.fal_cost_nano_usd) FROM accounts a"
-    "  CROSS JOIN usage_daily u ON u.account_id = a.account_id AND u.day BETWEEN :then AND :end GROUP BY a.account_id"
-    ") p JOIN accounts n ON n.account_id = p.account_id GROUP BY p.account_id ORDER BY n.name"
+    "  CROSS JOIN usage_daily u WHERE u.account_id = a.account_id AND u.day BETWEEN :then AND :end"
+    "  GROUP BY a.account_id"
+    ") p JOIN accounts n ON n.account_id = p.account_id GROUP BY p.account_id, n.name ORDER BY n.name"
 )
 _TOTALS = {by: _totals(by) for by in ("day", "model")}
 _OF_ACCOUNT = {by: _of_account(by) for by in ("day", "model", "key", "account")}

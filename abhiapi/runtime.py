@@ -14,13 +14,14 @@ import gevent
 from gevent.event import Event
 
 from abhiapi import addresses, alerts, keys, prices, pricing, processes, signing
-from abhiapi.committer import GroupCommitter, Reader, in_thread
-from abhiapi.db import Database, Tx
+from abhiapi.committer import GroupCommitter, in_thread
+from abhiapi.db import Database, Reads, Tx
 from abhiapi.errors import DatabaseUnavailable, SettingsError
 from abhiapi.fal import Fal
 from abhiapi.fal_keys import FETCH_S, FalKeys
 from abhiapi.ids import CallIds, NowMs, call_text
 from abhiapi.limits import CallLimits
+from abhiapi.liveness import ProcessLock
 from abhiapi.metrics import Metrics
 from abhiapi.migrations import open_database
 from abhiapi.outbound import Outbound
@@ -52,14 +53,14 @@ class Runtime:
     settings: Settings
     database: Database
     writer: GroupCommitter
-    reader: Reader
+    reader: Reads
     fal_run: Fal
     fal_queue: Fal
     fal_rest: Fal
     limits: CallLimits
     metrics: Metrics
     process_id: int
-    lock: processes.ProcessLock
+    lock: ProcessLock
     rules: tuple[pricing.PriceRule, ...]
     webhook_key: signing.WebhookKey
     outbound: Outbound
@@ -122,7 +123,9 @@ class Runtime:
         gevent.spawn(write)
 
     def read_aside(self, op: Callable[[Tx], T]) -> T:
-        """A longer read (lists, reports) on a snapshot, in a native thread."""
+        """A longer read (lists, reports) on a snapshot, while other greenlets go on."""
+        if self.database.waits_cooperatively:
+            return self.database.read(op)
         return in_thread(gevent.get_hub().threadpool, lambda: self.database.read(op))
 
     def authenticate(self, key: str | None, *, may_be_suspended: bool = False) -> keys.Caller:
@@ -176,17 +179,17 @@ def start(
     if settings.fal_key is None:
         raise SettingsError(["FAL_KEY is not set: set it, or start with --sandbox to use the built-in simulator"])
     database = open_database(settings)
-    webhook_key = signing.load(settings.webhook_key, database.path)
+    webhook_key = signing.load(settings.webhook_key, settings.kept_beside("webhook-key"))
     metrics = Metrics()
     writer = GroupCommitter(database, on_group=metrics.group_size.observe)
-    lock = processes.ProcessLock(database.path)
+    lock = database.process_lock()
     process_id = writer.write(lambda tx: processes.start(tx, pid=os.getpid(), now_ms=now_ms()), patience_s=30)
     lock.take_place(process_id)
     runtime = Runtime(
         settings=settings,
         database=database,
         writer=writer,
-        reader=Reader(database),
+        reader=database.reads(),
         fal_run=Fal(settings.fal_run_url, settings.fal_key, timeout_s=settings.upstream_timeout_s),
         fal_queue=Fal(
             settings.fal_queue_url, settings.fal_key, timeout_s=min(QUEUE_TIMEOUT_S, settings.upstream_timeout_s)

@@ -118,7 +118,7 @@ def demo_key(settings: Settings) -> str:
     Play money only: the caller sees to it that the database is the simulator's.
     """
     database = open_database(settings)
-    file = database.path.with_name(f"{database.path.name}.demo-key")
+    file = settings.kept_beside("demo-key")
     kept = file.read_text().strip() if file.exists() else ""
     now_ms = time.time_ns() // 1_000_000
 
@@ -131,6 +131,7 @@ def demo_key(settings: Settings) -> str:
 
     key = database.write(set_up)
     if key != kept:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
             out.write(key + "\n")
     return key
@@ -153,7 +154,7 @@ def demo_link(settings: Settings) -> str:
     return f"/dashboard/demo/{open_database(settings).write(set_up)}"
 
 
-def demo_banner(base_url: str, key: str, link: str, database_path: Path) -> str:
+def demo_banner(base_url: str, key: str, link: str, database_url: str) -> str:
     """What a newcomer reads: where to click, a line that works when pasted, and how to look at the books."""
     return f"""
 AbhiAPI serves the built-in simulator of fal: nothing here costs money. Open the dashboard, signed in:
@@ -169,7 +170,7 @@ Or paste this:
 
 Then look at the books in another terminal:
 
-  export ABHIAPI_DATABASE_URL=sqlite:///{database_path}
+  export ABHIAPI_DATABASE_URL={database_url}
   {_command()} usage
   {_command()} ledger show demo
 """

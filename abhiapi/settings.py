@@ -37,8 +37,11 @@ class Variable:
     meaning: str
 
 
-def _setting(name: str, default: str, meaning: str, parse: Callable[[str], Any], *, secret: bool = False) -> Any:
-    return field(repr=not secret, metadata={"variable": Variable(name, default, meaning), "parse": parse})
+def _setting(
+    name: str, default: str, meaning: str, parse: Callable[[str], Any], *, secret: bool = False, hides: str = ""
+) -> Any:
+    metadata = {"variable": Variable(name, default, meaning), "parse": parse, "shown": not secret}
+    return field(repr=not (secret or hides), metadata=metadata)
 
 
 def _text(value: str) -> str:
@@ -161,10 +164,12 @@ def _database_url(value: str) -> str:
         url = make_url(value)
     except ArgumentError as error:
         raise ValueError("is not a database URL such as sqlite:////var/lib/abhiapi/abhiapi.db") from error
-    if url.get_backend_name() == "postgresql":
-        raise ValueError("names PostgreSQL, which this release does not support yet: use sqlite:////absolute/path.db")
+    if url.drivername == "postgres":  # as some hosts write it
+        url = url.set(drivername="postgresql")
+    if url.drivername in ("postgresql", "postgresql+psycopg") and url.database:
+        return url.render_as_string(hide_password=False)
     if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):  # a ledger in memory is none
-        raise ValueError("must be a URL such as sqlite:////absolute/path.db")
+        raise ValueError("must be a URL such as sqlite:////absolute/path.db or postgresql://user:password@host/name")
     return value
 
 
@@ -195,8 +200,10 @@ class Settings:
     database_url: str = _setting(
         "ABHIAPI_DATABASE_URL",
         "",
-        "where the ledger is: `sqlite:////absolute/path.db`; unset: `abhiapi.db` in Flask's instance folder",
+        "where the ledger is: `sqlite:////absolute/path.db` or `postgresql://user:password@host/name`; unset: "
+        "`abhiapi.db` in Flask's instance folder",
         _database_url,
+        hides="a password",
     )
     limits_url: str = _setting("ABHIAPI_LIMITS_URL", "memory://", "where limits are counted", _limits_url)
     public_url: str | None = _setting(
@@ -313,6 +320,19 @@ class Settings:
     )
 
     @property
+    def shown_database_url(self) -> str:
+        """Where the database is, without the password."""
+        return make_url(self.database_url).render_as_string()
+
+    def kept_beside(self, what: str) -> Path:
+        """A file that belongs to the database and not into it: beside SQLite's, else in Flask's instance folder."""
+        url = make_url(self.database_url)
+        if url.get_backend_name() == "sqlite":
+            path = Path(url.database or "").resolve()
+            return path.with_name(f"{path.name}.{what}")
+        return default_folder() / f"postgresql-{url.database}.{what}"
+
+    @property
     def longest_call_s(self) -> int:
         """By when after its admission any call is over: fal's answer, a slow caller, and fal's rest after a hang-up."""
         return 2 * self.upstream_timeout_s + SLOW_CALLER_S + STALL_S + 60
@@ -330,7 +350,7 @@ class Settings:
             try:
                 values[item.name] = item.metadata["parse"](text)
             except ValueError as error:
-                shown = f" (it is {_without_password(text)[:80]!r})" if item.repr else ""
+                shown = f" (it is {_without_password(text)[:80]!r})" if item.metadata["shown"] else ""
                 problems.append(f"{variable.name} {error}{shown}")
         if problems:
             raise SettingsError(problems)
@@ -351,7 +371,7 @@ def environment() -> dict[str, str]:
 
 
 def _without_password(url: str) -> str:
-    return re.sub(r"//[^/]*@", "//...@", url)
+    return re.sub(r"(//)[^/]*(@)|(password=)[^&]*", r"\1\3...\2", url)
 
 
 def variables() -> list[Variable]:
@@ -361,6 +381,11 @@ def variables() -> list[Variable]:
 
 def default_database_url() -> str:
     """`abhiapi.db` in Flask's instance folder: the same absolute path whatever the working folder."""
+    return f"sqlite:///{default_folder() / 'abhiapi.db'}"
+
+
+def default_folder() -> Path:
+    """Flask's instance folder."""
     from flask import Flask  # here, because most commands name their database and need no Flask
 
-    return f"sqlite:///{Path(Flask('abhiapi').instance_path) / 'abhiapi.db'}"
+    return Path(Flask("abhiapi").instance_path)

@@ -84,17 +84,13 @@ def is_signed_by(public: bytes, signature: bytes, message: bytes) -> bool:
     return True
 
 
-def key_file(database: Path) -> Path:
-    return database.with_name(f"{database.name}.webhook-key")
-
-
-def load(secret: bytes | None, database: Path) -> WebhookKey:
+def load(secret: bytes | None, file: Path) -> WebhookKey:
     """The key of the settings, else that of the file, which is made if there is none. Raises `SettingsError`."""
     if secret is not None:
         return WebhookKey(secret)
-    file = key_file(database)
     try:
         if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
             _make(file)
         return WebhookKey(webhook_secret(file.read_text("ascii")))
     except (OSError, ValueError) as error:

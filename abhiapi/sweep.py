@@ -26,9 +26,9 @@ def run_once(runtime: Runtime) -> int:
     runtime.lock.keep()
     count = _sweep_overdue(runtime)
     pids = dict(runtime.reader.read(processes.running)) | dict(runtime.reader.read(calls.holding_processes))
-    for process_id in sorted(set(pids) - {runtime.process_id}):
-        if processes.reap(runtime.database.path, process_id, pids[process_id]):
-            count += _sweep_process(runtime, process_id)
+    pids.pop(runtime.process_id, None)
+    for process_id in sorted(runtime.database.dead(pids)):
+        count += _sweep_process(runtime, process_id)
     if count:
         runtime.metrics.swept.inc(count)
         log.warning("ended %d holds whose process or time was over", count)

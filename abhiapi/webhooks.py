@@ -16,7 +16,7 @@ from typing import Literal
 from sqlalchemy import ColumnElement, and_, bindparam, case, exists, func, insert, literal_column, null, select, update
 
 from abhiapi import calls, tables
-from abhiapi.db import Row, Tx
+from abhiapi.db import Row, Tx, position
 from abhiapi.errors import NotFound, Refused
 from abhiapi.ids import call_text
 
@@ -101,10 +101,11 @@ _OLD = (
     .where(_w.payload.is_not(None), _w.ended_at.is_not(None), _w.ended_at < bindparam("before"))
     .limit(bindparam("most"))
 )
+_QUERY: ColumnElement[str] = literal_column("'?'")
 _DROP = (
     update(tables.webhooks)
     .where(_w.call_id.in_(_OLD))
-    .values(payload=null(), url=func.substr(_w.url, 1, func.instr(_w.url + "?", "?") - 1))
+    .values(payload=null(), url=func.substr(_w.url, 1, position(_w.url + _QUERY, _QUERY) - 1))
 )
 _RESEND = (
     update(tables.webhooks)

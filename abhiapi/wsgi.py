@@ -17,13 +17,14 @@ from abhiapi.settings import Settings
 from abhiapi.web import create_app
 
 PRICES_LOOK_S = 60  # how often a server looks whether fal's prices are due
+SWEEP_MAX_S = 10  # between sweeps: what a dead process held is free within a minute
 ROUND_PAUSE_S = 0.5  # between rounds of the reconciler that take as long as the interval
 
 
 def sweep_for_ever(rt: runtime.Runtime) -> None:
-    """Look for holds that nobody will end, as often as the settings say."""
+    """Look for holds that nobody will end, as often as the settings say, or more often."""
     while True:
-        gevent.sleep(rt.settings.reconcile_interval_s)
+        gevent.sleep(min(SWEEP_MAX_S, rt.settings.reconcile_interval_s))
         try:
             sweep.run_once(rt)
             sweep.forget_old_keys(rt)

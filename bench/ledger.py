@@ -45,7 +45,7 @@ from abhiapi import (  # noqa: E402  # noqa: E402
     statement_forms,
     statements,
 )
-from abhiapi.db import Database, Tx  # noqa: E402
+from abhiapi.db import Database, Tx, database_at  # noqa: E402
 from abhiapi.metering import Verdict  # noqa: E402
 from abhiapi.migrations import migrate, schema_sql  # noqa: E402
 from abhiapi.migrations import statements as split  # noqa: E402
@@ -114,7 +114,7 @@ class Books:
 
 def build(books: Books) -> Database:
     """The database, in bulk: calls in the order of their ids, entries account by account, indexes at the end."""
-    database = Database(f"sqlite:///{books.path}")
+    database = database_at(f"sqlite:///{books.path}")
     migrate(database)
     at = books.at_ms(0) - 1000
     database.write(lambda tx: _people(tx, books, at))

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from abhiapi import audit, reports
 from abhiapi.commands import main
-from abhiapi.db import Database
+from abhiapi.db import Database, database_at
 from tests.harness import ROOT, environment
 
 
@@ -61,7 +61,7 @@ class CommandLine:
 
     @property
     def database(self) -> Database:
-        return Database(self.settings["ABHIAPI_DATABASE_URL"])
+        return database_at(self.settings["ABHIAPI_DATABASE_URL"])
 
     def __call__(self, *arguments: str, **settings: str) -> Done:
         """Run a command in this process. Bugs keep their traceback."""

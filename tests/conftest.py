@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from abhiapi import runtime
-from abhiapi.db import Database
+from abhiapi.db import Database, database_at
 from abhiapi.migrations import migrate
 from abhiapi.settings import Settings
 from tests.harness import OPERATOR_KEY, Books, Clock, Fal, Server
@@ -25,7 +25,7 @@ def clock() -> Clock:
 @pytest.fixture
 def database(tmp_path: Path) -> Database:
     """A fresh database of this version."""
-    made = Database(f"sqlite:///{tmp_path / 'abhiapi.db'}")
+    made = database_at(f"sqlite:///{tmp_path / 'abhiapi.db'}")
     migrate(made)
     return made
 

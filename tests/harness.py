@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import requests
 
 from abhiapi import accounts, audit, keys, ledger, reports
-from abhiapi.db import Database, Tx
+from abhiapi.db import Database, Tx, database_at
 from abhiapi.migrations import migrate
 from abhiapi.money import Micros
 
@@ -237,7 +237,7 @@ class Server:
             }
             | settings
         )
-        database = Database(url)
+        database = database_at(url)
         migrate(database)
         process = Process.start(
             ["cli.py", "serve", "--bind", f"127.0.0.1:{port}"], folder / "server.log", env, cwd=ROOT

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from abhiapi import processes
 from abhiapi.commands import session
+from abhiapi.liveness import FileLock, lock_path
 from abhiapi.migrations import VERSION, migrate
-from abhiapi.processes import ProcessLock
 from tests.command_line import CommandLine
 from tests.harness import Clock
 from tests.rows import Customer
@@ -220,7 +219,7 @@ def test_restore_while_a_server_runs_is_refused(
 ) -> None:
     """Also one that is only just starting, and has no number yet."""
     cli("backup", str(tmp_path / "copy.db"))
-    lock = ProcessLock(cli.path)
+    lock = FileLock(cli.path)
     if started:
         lock.take_place(customer.process_id)
     try:
@@ -233,7 +232,7 @@ def test_restore_while_a_server_runs_is_refused(
 def test_restore_after_a_server_was_killed_is_allowed(cli: CommandLine, customer: Customer, tmp_path: Path) -> None:
     """Its lock's file is still there, and nobody holds it."""
     cli("backup", str(tmp_path / "copy.db"))
-    processes.lock_path(cli.path, customer.process_id).touch()
+    lock_path(cli.path, customer.process_id).touch()
     (tmp_path / "abhiapi.db.starting-1-abcd").touch()
     assert cli("restore", str(tmp_path / "copy.db")).exit_code == 0
 

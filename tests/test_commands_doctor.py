@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from abhiapi import timers
-from abhiapi.commands import checks, session
+from abhiapi.commands import checks, database_checks, session
 from abhiapi.metering import Verdict
 from abhiapi.migrations import VERSION, migrate
 from tests.command_line import CommandLine
@@ -131,8 +131,8 @@ def test_doctor_survives_a_file_that_is_no_database(cli: CommandLine) -> None:
 
 def test_doctor_watches_the_disk(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     for least, low, status in ((0, 0, "ok"), (0, 2**80, "warn"), (2**80, 2**80, "fail")):
-        monkeypatch.setattr(checks, "DISK_FREE_LEAST_BYTES", least)
-        monkeypatch.setattr(checks, "DISK_FREE_LOW_BYTES", low)
+        monkeypatch.setattr(database_checks, "DISK_FREE_LEAST_BYTES", least)
+        monkeypatch.setattr(database_checks, "DISK_FREE_LOW_BYTES", low)
         assert checked(cli)["disk"]["status"] == status
 
 

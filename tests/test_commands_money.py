@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from abhiapi import ids, processes
+from abhiapi import ids
 from abhiapi.commands import session
+from abhiapi.liveness import FileLock, lock_path
 from abhiapi.metering import Verdict
-from abhiapi.processes import ProcessLock
 from tests.command_line import CommandLine, finish
 from tests.harness import Clock, environment
 from tests.rows import FLUX_MICROS, MINUTE_MS, Customer
@@ -312,7 +312,7 @@ def test_released_hold_is_given_back(cli: CommandLine, customer: Customer) -> No
 def test_hold_of_a_call_that_is_being_served_needs_force(
     cli: CommandLine, customer: Customer, arguments: list[str]
 ) -> None:
-    lock = ProcessLock(cli.path)
+    lock = FileLock(cli.path)
     lock.take_place(customer.process_id)
     call_id = ids.call_text(customer.admit().call_id)
     try:
@@ -328,7 +328,7 @@ def test_hold_of_a_call_that_is_being_served_needs_force(
 
 def test_hold_past_its_deadline_or_of_unknown_cost_needs_no_force(cli: CommandLine, customer: Customer) -> None:
     """The process that served it lives, but has nothing more to say about it."""
-    lock = ProcessLock(cli.path)
+    lock = FileLock(cli.path)
     lock.take_place(customer.process_id)
     try:
         late = customer.admit(deadline_in_ms=-1)
@@ -338,7 +338,7 @@ def test_hold_past_its_deadline_or_of_unknown_cost_needs_no_force(cli: CommandLi
             assert cli("holds", "release", ids.call_text(call.call_id)).exit_code == 0
     finally:
         lock.release()
-    assert not processes.lock_path(cli.path, customer.process_id).exists()
+    assert not lock_path(cli.path, customer.process_id).exists()
 
 
 def test_hold_of_an_unknown_call_is_refused(cli: CommandLine) -> None:

@@ -13,7 +13,7 @@ from gevent.event import Event
 from sqlalchemy import text
 
 from abhiapi import accounts, calls, ledger
-from abhiapi.committer import GroupCommitter, Reader, in_thread
+from abhiapi.committer import GroupCommitter, in_thread
 from abhiapi.db import Busy, Database, Tx, assert_no_transaction
 from abhiapi.errors import DatabaseUnavailable, InsufficientCredits, Refused
 from abhiapi.fal import Fal
@@ -150,7 +150,7 @@ def test_a_lock_held_by_another_process_stops_no_other_greenlet(database: Databa
 
 def test_a_lost_file_is_noticed_and_its_return_too(database: Database, writer: GroupCommitter) -> None:
     writer.write(create("ann"), patience_s=5)  # type: ignore[arg-type]
-    reader = Reader(database)
+    reader = database.reads()
     assert reader.read(accounts.everyone)[0].name == "ann"
     with closing(sqlite3.connect(database.path)) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -170,7 +170,7 @@ def test_a_lost_file_is_noticed_and_its_return_too(database: Database, writer: G
 
 def test_commits_that_are_only_in_the_log_come_back_with_the_file(database: Database, writer: GroupCommitter) -> None:
     """Nobody folds the log in before the file is moved away; while it is gone, everybody tries to use it."""
-    reader = Reader(database)
+    reader = database.reads()
     for name in ("ann", "bob"):
         writer.write(create(name), patience_s=5)  # type: ignore[arg-type]
         assert len(reader.read(accounts.everyone)) > 0
@@ -195,7 +195,7 @@ def test_another_file_in_its_place_is_not_written_to_by_a_process_that_knew_the_
 ) -> None:
     """What that process keeps in memory, prices and its own number, belongs to the ledger that was there."""
     writer.write(create("ann"), patience_s=5)  # type: ignore[arg-type]
-    reader = Reader(database)
+    reader = database.reads()
     reader.read(accounts.everyone)
     copy = database.path.with_name("copy.db")
     with closing(sqlite3.connect(database.path)) as source, closing(sqlite3.connect(copy)) as target:
@@ -264,7 +264,7 @@ def test_a_bug_of_ours_is_told_to_those_who_wait_and_ends_no_others_service(
 
 
 def test_a_reader_tells_trouble_from_bugs_and_mends_itself(database: Database) -> None:
-    reader = Reader(database)
+    reader = database.reads()
 
     def troubled(tx: Tx) -> None:
         raise sqlite3.OperationalError("disk I/O error")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from abhiapi import alerts, audit, billing, calls, fal_bill, jobs, ledger, reports
 from abhiapi.billing import Event
-from abhiapi.db import Database
+from abhiapi.db import Database, database_at
 from abhiapi.errors import Refused, UpstreamBroken
 from abhiapi.fal_bill import DAY_MS, LAG_MS, Compared
 from abhiapi.ids import CallIds
@@ -456,7 +456,7 @@ def test_whatever_happened_the_books_stay_right(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, bool]], order: object
 ) -> None:
     """Any mix of calls and events, in any order and twice: verified books, and fal's cost is what fal billed."""
-    database = Database(f"sqlite:///{tmp_path_factory.mktemp('bill') / 'a.db'}")
+    database = database_at(f"sqlite:///{tmp_path_factory.mktemp('bill') / 'a.db'}")
     migrate(database)
     books = Books(database, Clock())
     verdicts = {"fal": settled(), "computed": COMPUTED, "unknown": Verdict("unknown", reason="no_units")}

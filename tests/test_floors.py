@@ -24,7 +24,8 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
         wire queuewire webhookwire target addresses
         """,
         """
-        settings tables db migrations committer
+        settings tables committer
+        db db_base db_sqlite db_postgres liveness migrations migrations_postgres
         http_parser http_adapter fal fal_keys platform_api operator_webhook
         signing outbound passwords
         metrics polls
@@ -52,8 +53,9 @@ DOORS = {
     "geventhttpclient": {"http_parser"},
     "socket": {"http_adapter", "outbound", "serving", "worker", "sandbox"},
     "cryptography": {"signing"},
-    "sqlite3": {"db", "committer", "migrations", "commands"},
-    "sqlalchemy": {"db", "tables", "settings", *ROWS, "migrations"},
+    "sqlite3": {"db_sqlite", "migrations", "commands"},
+    "psycopg": {"db_postgres", "migrations_postgres"},
+    "sqlalchemy": {"db", "db_base", "db_sqlite", "db_postgres", "tables", "settings", *ROWS},
     "flask": {"web", "settings"},
     "flask_limiter": {"web"},
     "flask_login": {"web"},
@@ -72,6 +74,7 @@ PRINTERS = {"commands", "serving", "gunicorn_config", "sandbox.__main__"}
 IN_SECONDS = {
     "limits",
     "committer",
+    "db_postgres",
     "http_adapter",
     "runtime",
     "worker",

@@ -12,7 +12,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from abhiapi import accounts, keys
-from abhiapi.committer import Reader
 from abhiapi.db import Database, Tx
 from abhiapi.errors import (
     AbhiError,
@@ -131,7 +130,7 @@ def _set_status(status: str) -> Callable[[Tx, keys.Key], Any]:
 def test_a_change_by_another_process_holds_for_the_very_next_look(
     database: Database, customer: Customer, change: Callable[[Tx, keys.Key], Any], refusal: type[AbhiError]
 ) -> None:
-    reader = Reader(database)  # the connection of a running server
+    reader = database.reads()  # the connection of a running server
 
     def look() -> keys.Caller:
         return reader.read(lambda tx: keys.authenticate(tx, customer.key, now_ms=customer.clock.now_ms))

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from abhiapi import accounts, ledger, reports
-from abhiapi.db import Database, Tx
+from abhiapi.db import Database, Tx, database_at
 from abhiapi.errors import AccountSuspended, InsufficientCredits, Refused
 from abhiapi.money import MICROS_MAX, Micros
 from tests.harness import Clock
@@ -206,7 +206,7 @@ HOLDS_THAT_FIT = 37
 
 def _hold_25_times(path: str, account_id: int) -> int:
     """In a process of its own: how many holds it got."""
-    database, got = Database(f"sqlite:///{path}"), 0
+    database, got = database_at(f"sqlite:///{path}"), 0
     for _ in range(25):
         try:
             database.write(lambda tx: ledger.hold(tx, account_id, FLUX_MICROS, key_id=1, now_ms=1))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from abhiapi import audit
-from abhiapi.db import Database
+from abhiapi.db import Database, database_at
 from abhiapi.errors import SchemaError
 from abhiapi.migrations import STEPS, VERSION, migrate, statements
 from tests.harness import ROOT, Clock
@@ -43,7 +43,7 @@ def dump(path: Path) -> list[str]:
 
 
 def new_database(folder: Path) -> Database:
-    return Database(f"sqlite:///{folder / 'deeper' / 'abhiapi.db'}")
+    return database_at(f"sqlite:///{folder / 'deeper' / 'abhiapi.db'}")
 
 
 def test_a_database_is_created_with_its_folders_and_said(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_the_first_version_becomes_what_a_new_database_is(tmp_path: Path) -> Non
     path = tmp_path / "old.db"
     with closing(sqlite3.connect(path)) as connection:
         connection.executescript((ROOT / "tests/data/version-1.sql").read_text())
-    old, new = Database(f"sqlite:///{path}"), new_database(tmp_path)
+    old, new = database_at(f"sqlite:///{path}"), new_database(tmp_path)
     migrate(old)
     migrate(new)
     with closing(sqlite3.connect(old.path)) as one, closing(sqlite3.connect(new.path)) as other:
@@ -169,7 +169,7 @@ def test_a_copy_is_readable_by_no_more_people_than_the_database(database: Databa
 
 
 def _upgrade_in_another_process(url: str) -> str | None:
-    return migrate(Database(url), steps=(*STEPS, add_colour, add_shapes))
+    return migrate(database_at(url), steps=(*STEPS, add_colour, add_shapes))
 
 
 def test_several_processes_may_upgrade_at_once(database: Database, clock: Clock) -> None:
@@ -222,12 +222,12 @@ def test_files_that_are_not_ours_are_refused_and_kept(tmp_path: Path, make: Call
     make(path)
     before = path.read_bytes()
     with pytest.raises(SchemaError, match=r"other\.db"):
-        migrate(Database(f"sqlite:///{path}"))
+        migrate(database_at(f"sqlite:///{path}"))
     assert path.read_bytes() == before
 
 
 def _migrate_in_another_process(url: str) -> str | None:
-    return migrate(Database(url))
+    return migrate(database_at(url))
 
 
 def test_several_processes_may_start_at_once(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_several_processes_may_start_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "not a url", "mysql://localhost/db"])
 def test_what_cannot_hold_a_ledger_is_refused(url: str) -> None:
     with pytest.raises(SchemaError):
-        Database(url)
+        database_at(url)
 
 
 def test_triggers_are_kept_whole_when_a_script_is_split() -> None:

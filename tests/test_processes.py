@@ -11,14 +11,14 @@ import pytest
 
 from abhiapi import processes
 from abhiapi.db import Database
-from abhiapi.processes import ProcessLock, lock_path, reap
+from abhiapi.liveness import FileLock, lock_path, reap
 from tests.harness import environment
 
 HOLD_UNTIL_KILLED = """
 import subprocess, sys
 from pathlib import Path
-from abhiapi.processes import ProcessLock
-lock = ProcessLock(Path(sys.argv[1]))
+from abhiapi.liveness import FileLock
+lock = FileLock(Path(sys.argv[1]))
 lock.take_place(7)
 child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
 print(child.pid, flush=True)
@@ -32,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_a_process_that_holds_its_lock_lives(path: Path) -> None:
-    lock = ProcessLock(path)
+    lock = FileLock(path)
     lock.take_place(7)
     assert not reap(path, 7, os.getpid())
     assert lock_path(path, 7).exists()
@@ -40,7 +40,7 @@ def test_a_process_that_holds_its_lock_lives(path: Path) -> None:
 
 
 def test_a_lock_that_was_given_back_leaves_nothing_on_the_disk(path: Path) -> None:
-    lock = ProcessLock(path)
+    lock = FileLock(path)
     lock.take_place(7)
     lock.release()
     assert list(path.parent.iterdir()) == []
@@ -63,7 +63,7 @@ def test_a_killed_process_is_dead_at_once_though_its_child_lives_on(path: Path) 
 
 def test_a_process_is_never_seen_without_its_lock(path: Path) -> None:
     """The file is locked before it takes the name under which others look for it."""
-    lock = ProcessLock(path)
+    lock = FileLock(path)
     (unnamed,) = path.parent.iterdir()
     assert unnamed != lock_path(path, 7)
     lock.take_place(7)
@@ -82,7 +82,7 @@ def test_a_missing_lock_means_dead_only_if_no_process_has_that_number(path: Path
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["removed", "replaced"])
 def test_a_lock_file_that_somebody_removed_is_made_again(path: Path, replaced: bool) -> None:
-    lock = ProcessLock(path)
+    lock = FileLock(path)
     lock.take_place(7)
     lock_path(path, 7).unlink()
     if replaced:
@@ -94,7 +94,7 @@ def test_a_lock_file_that_somebody_removed_is_made_again(path: Path, replaced: b
 
 
 def test_a_lock_that_is_in_its_place_stays_as_it_is(path: Path) -> None:
-    lock = ProcessLock(path)
+    lock = FileLock(path)
     lock.take_place(7)
     before = lock_path(path, 7).stat()
     lock.keep()
@@ -103,7 +103,7 @@ def test_a_lock_that_is_in_its_place_stays_as_it_is(path: Path) -> None:
 
 
 def test_two_processes_do_not_mix_up_their_locks(path: Path) -> None:
-    first, second = ProcessLock(path), ProcessLock(path)
+    first, second = FileLock(path), FileLock(path)
     first.take_place(7)
     second.take_place(8)
     first.release()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from abhiapi import accounts, calls, jobs, keys, ledger, prices, processes
-from abhiapi.db import Database, Tx
+from abhiapi.db import Database, Tx, database_at
 from abhiapi.metering import Verdict, released
 from abhiapi.money import Micros
 from abhiapi.polls import FRESH_S
@@ -149,7 +149,7 @@ def test_three_settlers_of_each_job_end_it_once(database: Database, sent: tuple[
 
     def settle(verdict: Verdict) -> list[int]:
         """The jobs that this settler was the first to end."""
-        own = Database(f"sqlite:///{database.path}")
+        own = database_at(f"sqlite:///{database.path}")
         first = []
         for call in opened:
 

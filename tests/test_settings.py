@@ -83,7 +83,9 @@ def test_secrets_are_neither_shown_nor_said() -> None:
         assert "top secret" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "abhiapi.db", "postgresql://localhost/ledger"])
+@pytest.mark.parametrize(
+    "url", ["sqlite://", "sqlite:///:memory:", "abhiapi.db", "mysql://localhost/ledger", "postgresql://host"]
+)
 def test_a_database_that_cannot_keep_a_ledger_is_a_bad_setting(url: str) -> None:
     with pytest.raises(SettingsError, match="ABHIAPI_DATABASE_URL"):
         Settings.from_env({"ABHIAPI_DATABASE_URL": url})
@@ -92,7 +94,7 @@ def test_a_database_that_cannot_keep_a_ledger_is_a_bad_setting(url: str) -> None
 @pytest.mark.parametrize("name", ["ABHIAPI_DATABASE_URL", "ABHIAPI_LIMITS_URL", "ABHIAPI_FAL_RUN_URL"])
 def test_a_password_in_a_bad_url_is_not_said(name: str) -> None:
     with pytest.raises(SettingsError, match=name) as refusal:
-        Settings.from_env({name: "postgresql://ann:top-secret@db.example:5432/ledger"})
+        Settings.from_env({name: "mysql://ann:top-secret@db.example:5432/ledger?password=top-secret"})
     assert "top-secret" not in str(refusal.value)
     assert "db.example" in str(refusal.value)
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from abhiapi import audit, calls, keys, ledger, spending
-from abhiapi.db import Database, Tx
+from abhiapi.db import Database, Tx, database_at
 from abhiapi.errors import BadRequest, InsufficientCredits, KeyLimitReached, ModelNotAllowed
 from abhiapi.ids import CallIds
 from abhiapi.metering import Verdict, released
@@ -206,7 +206,7 @@ def test_balance_and_limit_hold_together(
 
 def _hold_50_times(path: str, account_id: int, key_id: int, now_ms: int) -> int:
     """In a process of its own: how many holds it got."""
-    database, got = Database(f"sqlite:///{path}"), 0
+    database, got = database_at(f"sqlite:///{path}"), 0
     for _ in range(AT_ONCE // 4):
         try:
             database.write(lambda tx: ledger.hold(tx, account_id, FLUX_MICROS, key_id=key_id, now_ms=now_ms))

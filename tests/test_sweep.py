@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy import text
 
 from abhiapi import calls, reports, runtime, sweep
+from abhiapi.liveness import lock_path
 from abhiapi.metering import Verdict
-from abhiapi.processes import lock_path
 from tests.harness import Clock
 from tests.rows import Customer, server_settings
 

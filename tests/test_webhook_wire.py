@@ -175,9 +175,9 @@ def _public(path: str) -> bytes:
 
 
 def test_processes_that_start_at_once_have_one_key(tmp_path: Path) -> None:
-    database = tmp_path / "abhiapi.db"
+    kept = tmp_path / "abhiapi.db.webhook-key"
     with multiprocessing.get_context("spawn").Pool(4) as pool:
-        found = set(pool.map(_public, [str(database)] * 8))
+        found = set(pool.map(_public, [str(kept)] * 8))
     assert len(found) == 1
     (file,) = tmp_path.iterdir()
     assert file.name == "abhiapi.db.webhook-key"
@@ -185,13 +185,12 @@ def test_processes_that_start_at_once_have_one_key(tmp_path: Path) -> None:
 
 
 def test_a_key_file_that_holds_no_key_is_said_and_not_replaced(tmp_path: Path) -> None:
-    database = tmp_path / "abhiapi.db"
-    file = signing.key_file(database)
+    file = tmp_path / "abhiapi.db.webhook-key"
     file.write_text("c2hvcnQgc2VjcmV0\n")
     with pytest.raises(SettingsError, match="webhook-key") as refusal:
-        signing.load(None, database)
+        signing.load(None, file)
     assert "c2hvcnQ" not in str(refusal.value)
     assert file.read_text() == "c2hvcnQgc2VjcmV0\n"
-    assert signing.load(bytes(32), database).public == signing.WebhookKey(bytes(32)).public
+    assert signing.load(bytes(32), file).public == signing.WebhookKey(bytes(32)).public
     file.write_text(base64.b64encode(bytes(32)).decode())
-    assert signing.load(None, database).public == signing.WebhookKey(bytes(32)).public
+    assert signing.load(None, file).public == signing.WebhookKey(bytes(32)).public

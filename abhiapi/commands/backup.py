@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from abhiapi.commands import library, session
 from abhiapi.commands.options import json_option
 from abhiapi.commands.output import print_one, say
+from abhiapi.errors import Refused
+
+if TYPE_CHECKING:
+    from abhiapi.db_sqlite import SqliteDatabase
 
 
 @click.command()
@@ -27,7 +32,7 @@ def backup(path: Path, as_json: bool) -> None:
     """
     from abhiapi.commands import copies
 
-    finding = copies.back_up(library.db.Database(session.settings().database_url), path)
+    finding = copies.back_up(_file(), path)
     shape = {
         "path": str(path.absolute()),
         "size_bytes": path.stat().st_size,
@@ -53,7 +58,7 @@ def restore(path: Path, as_json: bool) -> None:
     """
     from abhiapi.commands import copies
 
-    database = library.db.Database(session.settings().database_url)
+    database = _file()
     done = copies.restore(database, path)
     if done.replaced is not None:
         say(f"what was written after that backup is in {done.replaced} only")
@@ -65,3 +70,13 @@ def restore(path: Path, as_json: bool) -> None:
         "replaced": None if done.replaced is None else str(done.replaced),
     }
     print_one(shape, as_json=as_json)
+
+
+def _file() -> SqliteDatabase:
+    """The database of the settings, which has to be a file. Raises `Refused`."""
+    from abhiapi.db_sqlite import SqliteDatabase
+
+    database = library.db.database_at(session.settings().database_url)
+    if not isinstance(database, SqliteDatabase):
+        raise Refused(f"{database.name} is no file: use pg_dump and pg_restore")
+    return database

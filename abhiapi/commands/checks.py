@@ -8,35 +8,22 @@ from __future__ import annotations
 import difflib
 import os
 import resource
-import shutil
-import sqlite3
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
 
 from dotenv import dotenv_values
 
 from abhiapi import audit, prices, pricing, reports, serving, signing, sync, timers
-from abhiapi.db import APPLICATION_ID, CLI_PATIENCE_S, Database, Tx
-from abhiapi.errors import AbhiError, DatabaseUnavailable, SettingsError
+from abhiapi.commands import database_checks
+from abhiapi.commands.database_checks import Check as Check
+from abhiapi.commands.database_checks import tried
+from abhiapi.db import Database, Tx, database_at
+from abhiapi.errors import AbhiError, SettingsError
 from abhiapi.ids import time_text
-from abhiapi.migrations import VERSION
 from abhiapi.settings import Settings, variables
-
-Status = Literal["ok", "warn", "fail"]
 
 HOLD_AGE_MAX_MS = 3_600_000  # no call is served for an hour
 SYNCS_MISSED_MAX = 2
-DISK_FREE_LOW_BYTES = 1024**3
-DISK_FREE_LEAST_BYTES = 100 * 1024**2
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    name: str
-    status: Status
-    message: str
 
 
 def examine(now_ms: int) -> Iterator[Check]:
@@ -51,31 +38,25 @@ def examine(now_ms: int) -> Iterator[Check]:
     yield _fal_key(settings)
     yield _open_files()
     try:
-        database = Database(settings.database_url)
+        database = database_at(settings.database_url)
     except AbhiError as error:
         yield Check("database", "fail", error.message)
         return
-    yield _disk(database.path)
-    if not database.exists():
-        yield from _absent(database.path)
-        yield _tried("prices", lambda: _prices(_shipped(settings), 0))
+    yield from database_checks.room(database)
+    missing = database_checks.absent(database)
+    if missing is not None:
+        yield missing
+        yield tried("prices", lambda: _prices(_shipped(settings), 0))
         return
-    version = _tried("database", lambda: _version(database))
+    version = tried("database", lambda: database_checks.standing(database, now_ms))
     yield version
     if version.status != "ok":
         return
-    yield _tried("webhook key", lambda: _webhook_key(settings, database.path))
-    yield _tried("writing", lambda: _writable(database))
-    yield _tried("prices", lambda: database.read(lambda tx: _current(tx, settings, now_ms)))
-    yield _tried("holds", lambda: _holds(database.read(reports.open_holds), now_ms))
-    yield _tried("ledger", lambda: database.read(_ledger))
-
-
-def _tried(name: str, check: Callable[[], Check]) -> Check:
-    try:
-        return check()
-    except AbhiError as error:
-        return Check(name, "fail", error.message)
+    yield tried("webhook key", lambda: _webhook_key(settings, database))
+    yield tried("writing", lambda: database_checks.writable(database))
+    yield tried("prices", lambda: database.read(lambda tx: _current(tx, settings, now_ms)))
+    yield tried("holds", lambda: _holds(database.read(reports.open_holds), now_ms))
+    yield tried("ledger", lambda: database.read(_ledger))
 
 
 def _environment() -> Mapping[str, str | None]:
@@ -117,71 +98,18 @@ def _open_files() -> Check:
     )
 
 
-def _disk(path: Path) -> Check:
-    folder = next(parent for parent in path.parents if parent.exists())
-    free_bytes = shutil.disk_usage(folder).free
-    message = f"{free_bytes // 1024**2} MiB free in {folder}"
-    if free_bytes < DISK_FREE_LEAST_BYTES:
-        return Check("disk", "fail", f"{message}: make room, or calls will soon be refused with 503")
-    if free_bytes < DISK_FREE_LOW_BYTES:
-        return Check("disk", "warn", f"{message}: make room before it runs out")
-    return Check("disk", "ok", message)
-
-
-def _absent(path: Path) -> Iterator[Check]:
-    folder = next(parent for parent in path.parents if parent.exists())
-    if os.access(folder, os.W_OK):
-        yield Check("database", "warn", f"{path} does not exist yet: the first command that uses it creates it")
-    else:
-        yield Check("database", "fail", f"{path} does not exist and cannot be created in {folder}: give it the right")
-
-
-def _version(database: Database) -> Check:
-    try:
-        connection = database.connect(busy_timeout_s=CLI_PATIENCE_S)
-        try:
-            application_id, version, journal = (
-                connection.execute(f"PRAGMA {name}").fetchone()[0]
-                for name in ("application_id", "user_version", "journal_mode")
-            )
-        finally:
-            connection.close()
-    except (sqlite3.DatabaseError, DatabaseUnavailable) as error:
-        return Check(
-            "database", "fail", f"{database.path} cannot be read ({error}): if it is damaged, restore a backup"
-        )
-    problem = None
-    if application_id != APPLICATION_ID:
-        problem = "is not AbhiAPI's: check ABHIAPI_DATABASE_URL"
-    elif version > VERSION:
-        problem = f"is of version {version}, newer than this program's {VERSION}: upgrade AbhiAPI"
-    elif version < VERSION:
-        problem = f"is of version {version}: run any other command to upgrade it to {VERSION}"
-    elif journal != "wal":
-        problem = (
-            f"is in journal mode {journal}, so reading blocks writing: stop the server and put it back in order with "
-            "`abhiapi backup` and `abhiapi restore`"
-        )
-    if problem:
-        return Check("database", "fail", f"{database.path} {problem}")
-    return Check("database", "ok", f"{database.path}, version {version}, write-ahead log")
-
-
-def _writable(database: Database) -> Check:
-    database.write(lambda tx: None)
-    if not os.access(database.path, os.W_OK):
-        return Check("writing", "fail", f"{database.path} may not be written: give this user the right")
-    return Check("writing", "ok", "the database takes writes")
-
-
-def _webhook_key(settings: Settings, path: Path) -> Check:
-    file = signing.key_file(path)
+def _webhook_key(settings: Settings, database: Database) -> Check:
+    file = settings.kept_beside("webhook-key")
     if settings.webhook_key is None and not file.exists():
         return Check("webhook key", "ok", f"{file} is made at the first start")
     try:
-        signing.load(settings.webhook_key, path)
+        signing.load(settings.webhook_key, file)
     except SettingsError as error:
         return Check("webhook key", "fail", error.message)
+    if settings.webhook_key is None and database.engine != "sqlite":
+        return Check(
+            "webhook key", "warn", f"{file}, on this machine alone: where several serve, set ABHIAPI_WEBHOOK_KEY on all"
+        )
     return Check(
         "webhook key", "ok", "ABHIAPI_WEBHOOK_KEY" if settings.webhook_key else f"{file}: keep it with backups"
     )

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from abhiapi import audit, processes
+from abhiapi import audit
 from abhiapi.audit import Finding
-from abhiapi.db import APPLICATION_ID, CLI_PATIENCE_S, Database, translated
+from abhiapi.db import CLI_PATIENCE_S
+from abhiapi.db_sqlite import APPLICATION_ID, SqliteDatabase, translated
 from abhiapi.errors import Refused, SchemaError
+from abhiapi.liveness import reap
 from abhiapi.migrations import migrate
 
 _BESIDE = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a database
@@ -33,7 +35,7 @@ class Restored:
     replaced: Path | None
 
 
-def back_up(database: Database, target: Path) -> Finding:
+def back_up(database: SqliteDatabase, target: Path) -> Finding:
     """Copy the database as it is this moment, beside its readers and writers. Raises `Refused`."""
     if os.path.lexists(target):
         raise Refused(f"{target} exists already, and a backup never overwrites anything: choose another name")
@@ -52,7 +54,7 @@ def back_up(database: Database, target: Path) -> Finding:
     return finding
 
 
-def restore(database: Database, backup: Path) -> Restored:
+def restore(database: SqliteDatabase, backup: Path) -> Restored:
     """Put a backup in the database's place, after its ledger was verified. Raises `Refused`, with nothing replaced."""
     if not backup.is_file():
         raise Refused(f"there is no file {backup}")
@@ -63,7 +65,7 @@ def restore(database: Database, backup: Path) -> Restored:
     with _file_trouble(f"cannot put {backup} in the place of {database.path}"), _removed_at_the_end(arriving):
         database.path.parent.mkdir(parents=True, exist_ok=True)
         _copy_from_file(backup, arriving)
-        migrate(Database(f"sqlite:///{arriving}"))
+        migrate(SqliteDatabase.at(arriving))
         finding = _verified(database, arriving, str(backup))
         if database.path.exists():
             _look_like(arriving, database.path)
@@ -100,7 +102,7 @@ def _copy_from_file(backup: Path, target: Path) -> None:
         raise Refused(f"{backup} cannot be read as a database: {error}") from error
 
 
-def _verified(database: Database, path: Path, name: str) -> Finding:
+def _verified(database: SqliteDatabase, path: Path, name: str) -> Finding:
     """Open a copy and recount its ledger. Raises `Refused` if it does not add up."""
     connection = sqlite3.connect(path, isolation_level=None)
     try:
@@ -122,9 +124,7 @@ def _check_nobody_serves(path: Path) -> None:
     for lock in path.parent.glob(f"{path.name}.*"):
         number = lock.name.removeprefix(f"{path.name}.process-")
         starting = lock.name.startswith(f"{path.name}.starting-")
-        if (number.isdecimal() and not processes.reap(path, int(number), os.getpid())) or (
-            starting and _is_locked(lock)
-        ):
+        if (number.isdecimal() and not reap(path, int(number), os.getpid())) or (starting and _is_locked(lock)):
             raise Refused(f"a server is running on {path}: stop it first, then restore")
 
 

@@ -14,7 +14,7 @@ from abhiapi.errors import NotFound, Refused
 from abhiapi.money import Micros, credits
 
 if TYPE_CHECKING:
-    from abhiapi.db import Tx
+    from abhiapi.db import Database, Tx
     from abhiapi.shapes import Json
 
 COLUMNS = ("call_id", "account", "model", "credits", "age_s", "reason")
@@ -86,6 +86,14 @@ def release_hold(call_id: str, force: bool, as_json: bool) -> None:
     _end(call_id, None, force=force, as_json=as_json)
 
 
+def _watch(database: Database, call_id: int) -> None:
+    """Find out whether the process that serves a call lives, before the transaction that needs to know."""
+    row = database.read(lambda tx: library.reports.call(tx, call_id))
+    if row is not None and row.state in ("held", "sent"):
+        process_id, pid, _ = database.read(lambda tx: library.reports.keeper(tx, call_id))
+        database.watch(process_id, pid)
+
+
 def _end(text: str, charge_micros: Micros | None, *, force: bool, as_json: bool) -> None:
     """End a hold by the operator's word: as a charge, or (None) as a release. Prints how the call stands now."""
     number = session.call_id(text)
@@ -93,7 +101,7 @@ def _end(text: str, charge_micros: Micros | None, *, force: bool, as_json: bool)
     database = session.open_database()
 
     def op(tx: Tx) -> Json:
-        ended = library.holds.end(tx, database.path, number, charge_micros, force=force, now_ms=now)
+        ended = library.holds.end(tx, database, number, charge_micros, force=force, now_ms=now)
         entry = ended.entry
         return {
             "call_id": text,
@@ -105,6 +113,8 @@ def _end(text: str, charge_micros: Micros | None, *, force: bool, as_json: bool)
             "balance": credits(ended.balance_micros),
         }
 
+    if not force:
+        _watch(database, number)
     try:
         shape = database.write(op)
     except NotFound as error:

@@ -112,7 +112,7 @@ def _settle_jobs(settings: Settings) -> Round:
 def _compare(settings: Settings, since_ms: int | None) -> tuple[Compared | None, str | None]:
     """What the comparison found; or why fal's bill could not be read."""
     bill = library.fal_bill
-    database = library.db.Database(settings.database_url)
+    database = library.db.database_at(settings.database_url)
     credential = settings.fal_admin_key or settings.fal_key
     assert credential is not None
     api = library.platform_api.PlatformApi(settings.fal_api_url, credential)

@@ -48,11 +48,11 @@ def serve(with_sandbox: bool, demo: bool, bind: str, workers: int) -> None:
         os.environ.update(serving.start_simulator())
     settings = serving.checked_settings()
     serving.check_workers(settings, workers)
-    database = open_database(settings)
+    open_database(settings)
     if demo:
         base_url = settings.public_url or f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         key, link = serving.demo_key(settings), serving.demo_link(settings)
-        os.environ["ABHIAPI_BANNER"] = serving.demo_banner(base_url, key, link, database.path)
+        os.environ["ABHIAPI_BANNER"] = serving.demo_banner(base_url, key, link, settings.shown_database_url)
     arguments = ["-c", "python:abhiapi.gunicorn_config", "-b", bind, "-w", str(workers), "abhiapi.wsgi:app"]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "gunicorn", *arguments])

@@ -32,7 +32,7 @@ def settings() -> Settings:
 
 def open_database() -> Database:
     """The database of the settings; created or upgraded if need be, which is said on stderr."""
-    database = library.db.Database(settings().database_url)
+    database = library.db.database_at(settings().database_url)
     done = library.migrations.migrate(database)
     if done:
         say(done)

@@ -104,8 +104,8 @@ def end_hold(call_id: str, change: str) -> Reply:
         return render("operator_hold.html", row=row, change=change, problem=None)
     try:
         amount = parse_amount_or_zero(request.form.get("credits", "")) if change == "settle" else None
-        path, now = rt.database.path, rt.now_ms()
-        ended = rt.write(lambda tx: holds.end(tx, path, number, amount, now_ms=now))
+        now = rt.now_ms()
+        ended = rt.write(lambda tx: holds.end(tx, rt.database, number, amount, now_ms=now))
     except AbhiError as error:
         said = error.message[:1].upper() + error.message[1:] + "."
         return render("operator_hold.html", status=422, row=row, change=change, problem=said)

@@ -1,0 +1,264 @@
+"""What every storage engine offers, in one shape: databases, sessions that write, open transactions.
+
+Knows no table and no engine. A write is a function of an open `Tx`; `Database.write` runs it in a short transaction
+of its own, `committer.GroupCommitter` in a shared one. Where SQL itself differs between engines, a function stands
+here that each engine spells its own way, so that one statement serves all.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from sqlalchemy import BigInteger, Integer, Text
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql import Executable
+from sqlalchemy.sql.functions import FunctionElement
+
+from abhiapi.errors import DatabaseUnavailable
+from abhiapi.liveness import ProcessLock
+
+T = TypeVar("T")
+Row = tuple[Any, ...]
+
+CLI_PATIENCE_S = 15  # a command waits this long for its turn to write
+
+_in_transaction: ContextVar[bool] = ContextVar("abhiapi_in_transaction", default=False)
+
+
+class Busy(DatabaseUnavailable):
+    """Somebody else is writing just now; trying again may help."""
+
+
+class OutcomeUnknown(DatabaseUnavailable):
+    """The connection was lost while a commit was on its way: it may have happened. `Database.has_committed` tells."""
+
+    def __init__(self, mark: tuple[int, int]) -> None:
+        super().__init__("the connection to the database was lost during a commit", retry_after_s=5)
+        self.mark = mark
+
+
+def assert_no_transaction() -> None:
+    """The other half of the mark that transactions set: nothing may talk to the network inside one."""
+    if _in_transaction.get():
+        raise AssertionError("the network was used inside a database transaction")
+
+
+@contextmanager
+def marked() -> Iterator[None]:
+    token = _in_transaction.set(True)
+    try:
+        yield
+    finally:
+        _in_transaction.reset(token)
+
+
+class Tx(ABC):
+    """An open transaction: runs Core statements with named parameters. Hands out plain tuples."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def run(self, statement: Executable, **params: Any) -> int:
+        """Run a statement; how many rows it changed."""
+
+    @abstractmethod
+    def one(self, statement: Executable, **params: Any) -> Row | None:
+        """The first row."""
+
+    @abstractmethod
+    def all(self, statement: Executable, **params: Any) -> list[Row]:
+        """Every row."""
+
+    @abstractmethod
+    def each(self, statement: Executable, **params: Any) -> Iterator[Row]:
+        """The rows one after the other, in bounded memory."""
+
+    @abstractmethod
+    def insert(self, statement: Executable, **params: Any) -> int:
+        """Run an INSERT into a table with an integer key; the new key."""
+
+    @abstractmethod
+    def dangling(self) -> list[tuple[str, str, int]]:
+        """Rows that name rows which are gone: (table, table of those that are gone, how many)."""
+
+
+class Session(ABC):
+    """A connection that writes, one transaction after the other. Its troubles come as `DatabaseUnavailable`."""
+
+    tx: Tx
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Take one's turn to write: from here on nobody else writes, and every statement sees all that is committed."""
+
+    @abstractmethod
+    def changes(self) -> int:
+        """A number that grows with every row that is written."""
+
+    @abstractmethod
+    def is_spoilt(self) -> bool:
+        """Whether an error has made the open transaction useless: it can only be rolled back."""
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Make it durable. Raises `OutcomeUnknown` where that may have happened, and may not."""
+
+    @abstractmethod
+    def roll_back(self) -> None:
+        """Undo what is not committed, if there is anything. Raises nothing."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class Place(ABC):
+    """Where a server's ledger was when it started. What it keeps in memory belongs to that one."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raises `DatabaseUnavailable` where it is gone, or something else stands there."""
+
+
+class Reads(ABC):
+    """Quick look-ups in the event loop of a server, such as a key by its digest."""
+
+    @abstractmethod
+    def read(self, op: Callable[[Tx], T]) -> T:
+        """Run ``op``, whose every statement sees the latest committed state. Raises `DatabaseUnavailable`."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class Database(ABC):
+    """The database by URL. Cheap to make; opens connections when they are needed (see `committer` for servers)."""
+
+    name: str  # for people: without a password
+    engine: str
+    waits_cooperatively: bool  # whether other greenlets go on while this one waits for it
+
+    @abstractmethod
+    def session(self, *, patience_s: float) -> Session:
+        """A connection to write with, whose `begin` waits at most so long for its turn."""
+
+    @abstractmethod
+    def reads(self) -> Reads: ...
+
+    @abstractmethod
+    def place(self) -> Place: ...
+
+    @abstractmethod
+    def read(self, op: Callable[[Tx], T]) -> T:
+        """Run ``op`` on one unchanging snapshot of the database."""
+
+    @abstractmethod
+    def has_committed(self, mark: tuple[int, int]) -> bool:
+        """What came of a commit whose outcome is unknown. Raises `DatabaseUnavailable` while nobody can tell."""
+
+    @abstractmethod
+    def is_trouble(self, error: BaseException) -> bool:
+        """Whether an error is the database's trouble rather than a bug or a broken constraint."""
+
+    @abstractmethod
+    def translated(self, error: BaseException) -> DatabaseUnavailable:
+        """What the database's own trouble is to the rest of the program."""
+
+    @abstractmethod
+    def process_lock(self) -> ProcessLock:
+        """What will say that this process lives. See `liveness`."""
+
+    @abstractmethod
+    def dead(self, pids: Mapping[int, int]) -> set[int]:
+        """Which of these processes (number: pid) are dead, as far as can be told by now."""
+
+    @abstractmethod
+    def is_dead(self, process_id: int, pid: int) -> bool:
+        """Whether a process is certainly dead; asks nobody that has to be waited for. See `watch`."""
+
+    @abstractmethod
+    def watch(self, process_id: int, pid: int) -> None:
+        """Look at a process for as long as `is_dead` needs to be sure. For commands, which have seen nothing yet."""
+
+    @contextmanager
+    def translating(self) -> Iterator[None]:
+        """The database's trouble as `DatabaseUnavailable`; bugs and broken constraints keep their traceback."""
+        try:
+            yield
+        except Exception as error:
+            if not self.is_trouble(error):
+                raise
+            raise self.translated(error) from error
+
+    def write(self, op: Callable[[Tx], T], *, patience_s: float = CLI_PATIENCE_S) -> T:
+        """Run ``op`` in a transaction of its own and make it durable. For the command line: may block the process."""
+        session = self.session(patience_s=patience_s)
+        try:
+            session.begin()
+            try:
+                with marked(), self.translating():
+                    result = op(session.tx)
+                session.commit()
+            except OutcomeUnknown as lost:
+                if not self.has_committed(lost.mark):
+                    raise DatabaseUnavailable(f"nothing was written: {lost.message}", retry_after_s=5) from lost
+            finally:
+                session.roll_back()
+            return result
+        finally:
+            session.close()
+
+
+class position(FunctionElement[int]):
+    """Where a text first stands in another, from 1; 0: nowhere."""
+
+    name = "position"
+    inherit_cache = True
+    type = Integer()
+
+
+class utc(FunctionElement[str]):
+    """A time in seconds since 1970 in a form of digits: ``utc('%Y-%m', seconds)``."""
+
+    name = "utc"
+    inherit_cache = True
+    type = Text()
+
+
+class month_start(FunctionElement[int]):
+    """The first second of the month (UTC) in which a time in seconds since 1970 lies."""
+
+    name = "month_start"
+    inherit_cache = True
+    type = BigInteger()
+
+
+_ARGUMENTS: dict[str, dict[type[FunctionElement[Any]], str]] = {
+    "sqlite": {
+        position: "instr({0}, {1})",
+        utc: "strftime({0}, {1}, 'unixepoch')",
+        month_start: "CAST(strftime('%s', {0}, 'unixepoch', 'start of month') AS BIGINT)",
+    },
+    "postgresql": {
+        position: "strpos({0}, {1})",
+        utc: "to_char(to_timestamp({1}) AT TIME ZONE 'UTC',"
+        " replace(replace(replace({0}, '%%Y', 'YYYY'), '%%m', 'MM'), '%%d', 'DD'))",
+        month_start: "CAST(extract(epoch FROM date_trunc('month', to_timestamp({0}) AT TIME ZONE 'UTC')) AS BIGINT)",
+    },
+}
+
+
+def _spell(engine: str, kind: type[FunctionElement[Any]]) -> None:
+    spelling = _ARGUMENTS[engine][kind]
+
+    @compiles(kind, engine)
+    def spelt(element: FunctionElement[Any], compiler: Any, **how: Any) -> str:
+        return spelling.format(*(compiler.process(argument, **how) for argument in element.clauses))
+
+
+for _engine, _kinds in _ARGUMENTS.items():
+    for _kind in _kinds:
+        _spell(_engine, _kind)

@@ -1,0 +1,460 @@
+"""PostgreSQL: connections, transactions and troubles, and the locks that say which processes live.
+
+Everything here waits for the network, which under gevent lets other greenlets go on. Writes take turns as they do on
+SQLite: each write transaction of any process begins with one and the same advisory lock, so what was written for a
+single writer holds here as it stands, and every statement sees all that was committed before (docs/decisions/0018).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
+from time import monotonic, sleep
+from typing import Any, TypeVar
+
+import gevent.lock
+import psycopg
+from psycopg import sql
+from psycopg.adapt import AdaptersMap, Loader
+from psycopg.pq import TransactionStatus
+from psycopg.types.numeric import Int8Dumper
+from sqlalchemy import URL
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy.sql import Executable
+
+from abhiapi.db_base import CLI_PATIENCE_S, Busy, Database, OutcomeUnknown, Place, Reads, Row, Session, Tx, marked
+from abhiapi.errors import BadRequest, DatabaseUnavailable, SchemaError
+from abhiapi.liveness import ProcessLock
+
+T = TypeVar("T")
+Connection = psycopg.Connection[Row]
+
+CONNECT_S = 5
+READERS_MAX = 8
+SNAPSHOTS_MAX = 5  # of those at most so many for longer reads: no report keeps a call waiting
+LOOK_PATIENCE_S = 3  # a look-up waits this long for a free connection
+FREE_FOR_S = 20  # a process is dead once its lock was seen free for so long: a restarted server frees all locks
+STEP_ROWS = 2000  # read from a server's cursor at once
+_LIVES = 0x41424850  # "ABHP": the locks of processes; the second number is the process's
+_OPTIONS = {
+    "timezone": "UTC",
+    "synchronous_commit": "on",
+    "idle_in_transaction_session_timeout": "15s",  # a host that vanished in its turn must not keep it
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "2",
+    "jit": "off",
+}
+_BEGIN = "BEGIN; SELECT pg_advisory_xact_lock(1094862921)"  # "ABHI": the turn to write
+_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+_MARK = (
+    "INSERT INTO commit_marks (writer, number, made_at) VALUES (%s, %s, extract(epoch FROM now())::bigint)"
+    " ON CONFLICT (writer) DO UPDATE SET number = excluded.number, made_at = excluded.made_at"
+)
+_MARKED = "SELECT number FROM commit_marks WHERE writer = %s"
+_FORGET_MARKS = "DELETE FROM commit_marks WHERE made_at < extract(epoch FROM now())::bigint - 86400"
+_TAKE = "SELECT pg_try_advisory_lock(%s::int, %s::int)"
+_LIVING = (
+    "SELECT objid::bigint FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 2"
+    " AND classid = %s::oid AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+)
+_REFERENCES = (
+    "SELECT c.conrelid::regclass::text, c.confrelid::regclass::text, c.conname FROM pg_constraint c"
+    " WHERE c.contype = 'f' AND c.connamespace = current_schema()::regnamespace ORDER BY 1, 2, 3"
+)
+_KEYS_OF = (
+    "SELECT a.attname, b.attname FROM pg_constraint c"
+    " JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = c.conkey[1]"
+    " JOIN pg_attribute b ON b.attrelid = c.confrelid AND b.attnum = c.confkey[1]"
+    " WHERE c.contype = 'f' AND c.connamespace = current_schema()::regnamespace AND c.conname = %s"
+    " AND c.conrelid = %s::regclass"
+)
+# Trouble by its SQLSTATE that psycopg does not call operational: read-only (a standby), a session ended for idling.
+_TROUBLES = {"25006", "25P03"}
+_BUSY = {"55P03", "57014", "40001", "40P01"}
+
+
+class _Whole(Loader):
+    """A sum of integers is numeric in PostgreSQL; the schema has no decimals, so one with a fraction is a bug."""
+
+    def load(self, data: Any) -> int:
+        return int(bytes(data))
+
+
+class _Bit(Loader):
+    """A condition as a number, as SQLite has it."""
+
+    def load(self, data: Any) -> int:
+        return int(bytes(data) == b"t")
+
+
+_ADAPTERS = AdaptersMap(psycopg.adapters)
+_ADAPTERS.register_loader("numeric", _Whole)
+_ADAPTERS.register_loader("bool", _Bit)
+_ADAPTERS.register_dumper(int, Int8Dumper)  # one type for every number: one prepared statement for every call
+
+
+class _Compiled:
+    """A statement's SQL and the values that stand in it. Keeps the statement, whose id is its cache key."""
+
+    __slots__ = ("_constants", "_names", "sql", "statement")
+
+    def __init__(self, statement: Any, dialect: PGDialect_psycopg, *, returning_key: bool = False) -> None:
+        self.statement = statement
+        if returning_key:
+            statement = statement.returning(next(iter(statement.table.primary_key)))
+        compiled = statement.compile(dialect=dialect)
+        self.sql = str(compiled).encode()
+        self._names: list[str] = list(compiled.params)
+        self._constants = {name: value for name, value in compiled.params.items() if value is not None}
+
+    def arguments(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        constants = self._constants
+        return {name: params[name] if name in params else constants[name] for name in self._names}
+
+
+class PostgresTx(Tx):
+    __slots__ = ("_connection", "_cursor", "_database", "_numbers", "changes")
+
+    def __init__(self, connection: Connection, database: PostgresDatabase) -> None:
+        self._connection = connection
+        self._database = database
+        self._cursor = connection.cursor()
+        self._numbers = count(1)
+        self.changes = 0
+
+    def run(self, statement: Executable, **params: Any) -> int:
+        changed = self._execute(self._database.compiled(statement), params).rowcount
+        self.changes += changed
+        return changed
+
+    def one(self, statement: Executable, **params: Any) -> Row | None:
+        return self._rows(self._database.compiled(statement), params).fetchone()
+
+    def all(self, statement: Executable, **params: Any) -> list[Row]:
+        return self._rows(self._database.compiled(statement), params).fetchall()
+
+    def insert(self, statement: Executable, **params: Any) -> int:
+        row = self._rows(self._database.compiled(statement, returning_key=True), params).fetchone()
+        assert row is not None
+        return int(row[0])
+
+    def each(self, statement: Executable, **params: Any) -> Iterator[Row]:
+        compiled = self._database.compiled(statement)
+        with self._connection.cursor(f"abhiapi_{next(self._numbers)}") as cursor:
+            cursor.itersize = STEP_ROWS
+            cursor.execute(compiled.sql, compiled.arguments(params))
+            yield from cursor
+
+    def dangling(self) -> list[tuple[str, str, int]]:
+        """References are kept by the server; who may switch that off (a superuser) is found out by counting."""
+        found: dict[tuple[str, str], int] = {}
+        for child, parent, name in self._cursor.execute(_REFERENCES).fetchall():
+            for column, key in self._cursor.execute(_KEYS_OF, (name, child)).fetchall():
+                quoted = {
+                    "child": sql.Identifier(child),
+                    "parent": sql.Identifier(parent),
+                    "column": sql.Identifier(column),
+                    "key": sql.Identifier(key),
+                }
+                query = sql.SQL(
+                    "SELECT COUNT(*) FROM {child} c LEFT JOIN {parent} p ON p.{key} = c.{column}"
+                    " WHERE c.{column} IS NOT NULL AND p.{key} IS NULL"
+                ).format(**quoted)
+                row = self._cursor.execute(query).fetchone()
+                if row is not None and row[0]:
+                    found[child, parent] = found.get((child, parent), 0) + row[0]
+        return [(child, parent, rows) for (child, parent), rows in found.items()]
+
+    def _rows(self, compiled: _Compiled, params: Mapping[str, Any]) -> psycopg.Cursor[Row]:
+        cursor = self._execute(compiled, params)
+        if not (cursor.statusmessage or "").startswith("SELECT"):
+            self.changes += cursor.rowcount
+        return cursor
+
+    def _execute(self, compiled: _Compiled, params: Mapping[str, Any]) -> psycopg.Cursor[Row]:
+        try:
+            return self._cursor.execute(compiled.sql, compiled.arguments(params))
+        except psycopg.DataError as error:
+            if "NUL" in str(error):
+                raise BadRequest("the text has a NUL character in it, which cannot be stored") from error
+            raise
+
+
+class PostgresSession(Session):
+    def __init__(self, database: PostgresDatabase, patience_s: float) -> None:
+        patience_ms = max(1, int(patience_s * 1000))  # 0 would be for ever
+        self._database = database
+        self._connection = database.connect(lock_timeout=f"{patience_ms}ms")
+        self.tx: PostgresTx = PostgresTx(self._connection, database)
+        self._writer = secrets.randbits(62)
+        self._number = 0
+        with database.translating():
+            self._connection.execute(_FORGET_MARKS)
+
+    def begin(self) -> None:
+        with self._database.translating():
+            self._connection.execute(_BEGIN, prepare=False)
+
+    def changes(self) -> int:
+        return self.tx.changes
+
+    def is_spoilt(self) -> bool:
+        return self._connection.info.transaction_status == TransactionStatus.INERROR
+
+    def commit(self) -> None:
+        """The mark is committed with the rest: whoever finds it knows that all of it is there.
+
+        `pg_xact_status` would not do: after a crash of the server a number may be given to another transaction.
+        """
+        if self.is_spoilt():
+            raise AssertionError("an operation went on after a statement of its had failed")
+        self._number += 1
+        with self._database.translating():
+            self._connection.execute(_MARK, (self._writer, self._number))
+        try:
+            self._connection.execute("COMMIT", prepare=False)
+        except Exception as error:
+            if isinstance(error, psycopg.Error) and error.sqlstate and not self._connection.closed:
+                raise self._database.translated(error) from error  # the server said that it did not
+            self.close()
+            raise OutcomeUnknown((self._writer, self._number)) from error
+
+    def roll_back(self) -> None:
+        if self._connection.closed or self._connection.info.transaction_status == TransactionStatus.IDLE:
+            return
+        try:
+            self._connection.execute("ROLLBACK", prepare=False)
+        except psycopg.Error:
+            self.close()  # which undoes it as well
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class PostgresReads(Reads):
+    """A few connections in autocommit, each used by one greenlet at a time."""
+
+    def __init__(self, database: PostgresDatabase) -> None:
+        self._database = database
+
+    def read(self, op: Callable[[Tx], T]) -> T:
+        return self._database.pooled(lambda tx, _: op(tx))
+
+    def close(self) -> None:
+        self._database.close_idle()
+
+
+class ServerPlace(Place):
+    """A server is told from another by nothing: its address is its place."""
+
+    def check(self) -> None:
+        pass
+
+
+class PostgresDatabase(Database):
+    """A database of a server's. Keeps a few connections to read with."""
+
+    engine = "postgresql"
+    waits_cooperatively = True
+
+    def __init__(self, url: URL) -> None:
+        if not url.database:
+            raise SchemaError("the database has no name: use postgresql://user@host/name")
+        self.name = url.set(drivername="postgresql", query={}).set(password=None).render_as_string()
+        self._parameters = _parameters(url)
+        self._dialect = PGDialect_psycopg()  # type: ignore[no-untyped-call]
+        self._compiled: dict[tuple[int, bool], _Compiled] = {}
+        self._idle: list[Connection] = []
+        self._turns = gevent.lock.BoundedSemaphore(READERS_MAX)
+        self._snapshot_turns = gevent.lock.BoundedSemaphore(SNAPSHOTS_MAX)
+        self._free_since: dict[int, float] = {}
+
+    def connect(self, *, in_full: bool = False, **options: str) -> Connection:
+        """A configured connection of its own, in autocommit. Raises `DatabaseUnavailable`; ``in_full``: with what the
+        server said, which is for operators only."""
+        given = self._parameters["options"] + "".join(f" -c {name}={value}" for name, value in options.items())
+        try:
+            connection = psycopg.connect(
+                **self._parameters | {"options": given}, autocommit=True, prepare_threshold=0, context=_Context()
+            )
+        except psycopg.Error as error:
+            said = f"{self.name}: {' '.join(str(error).split())}" if in_full else "it cannot be reached"
+            raise DatabaseUnavailable(f"the database cannot be used: {said}", retry_after_s=5) from error
+        connection.prepared_max = 1000
+        return connection
+
+    def compiled(self, statement: Executable, *, returning_key: bool = False) -> _Compiled:
+        known = self._compiled.get((id(statement), returning_key))
+        if known is None:
+            known = _Compiled(statement, self._dialect, returning_key=returning_key)
+            self._compiled[id(statement), returning_key] = known
+        return known
+
+    def session(self, *, patience_s: float) -> PostgresSession:
+        return PostgresSession(self, patience_s)
+
+    def reads(self) -> PostgresReads:
+        return PostgresReads(self)
+
+    def place(self) -> ServerPlace:
+        return ServerPlace()
+
+    def read(self, op: Callable[[Tx], T]) -> T:
+        def snapshot(tx: Tx, connection: Connection) -> T:
+            connection.execute(_SNAPSHOT, prepare=False)
+            try:
+                with marked():
+                    return op(tx)
+            finally:
+                if not connection.closed:
+                    connection.execute("ROLLBACK", prepare=False)
+
+        with self._snapshot_turns:
+            return self.pooled(snapshot)
+
+    def pooled(self, op: Callable[[Tx, Connection], T]) -> T:
+        """Run a read on a connection of the pool; once more where an idle one turns out to have died meanwhile."""
+        if not self._turns.acquire(timeout=LOOK_PATIENCE_S):
+            raise Busy("the database is busy", retry_after_s=2)
+        try:
+            while True:
+                is_old = bool(self._idle)
+                connection = self._idle.pop() if is_old else self.connect(statement_timeout="60s")
+                is_sound = False
+                try:
+                    with self.translating():
+                        result = op(PostgresTx(connection, self), connection)
+                    is_sound = True
+                    return result
+                except DatabaseUnavailable:
+                    if not (is_old and connection.closed):
+                        raise
+                    self.close_idle()
+                except Exception:
+                    is_sound = True  # a refusal or a bug of the operation's
+                    raise
+                finally:
+                    if is_sound and connection.info.transaction_status == TransactionStatus.IDLE:
+                        self._idle.append(connection)
+                    else:
+                        connection.close()
+        finally:
+            self._turns.release()
+
+    def close_idle(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
+
+    def has_committed(self, mark: tuple[int, int]) -> bool:
+        """Waits for the turn to write: whoever held it then has it no more, so what it wrote is there or never will."""
+        connection = self.connect(lock_timeout=f"{CLI_PATIENCE_S}s")
+        try:
+            with self.translating():
+                connection.execute(_BEGIN, prepare=False)
+                row = connection.execute(_MARKED, mark[:1]).fetchone()
+                return row is not None and row[0] >= mark[1]
+        finally:
+            connection.close()
+
+    def is_trouble(self, error: BaseException) -> bool:
+        if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
+            return True
+        return isinstance(error, psycopg.Error) and error.sqlstate in _TROUBLES
+
+    def translated(self, error: BaseException) -> DatabaseUnavailable:
+        if isinstance(error, psycopg.Error) and error.sqlstate in _BUSY:
+            return Busy("the database is locked by another process", retry_after_s=2)
+        said = error.diag.message_primary if isinstance(error, psycopg.Error) else None
+        return DatabaseUnavailable(f"the database cannot be used: {said or 'the connection was lost'}", retry_after_s=5)
+
+    def process_lock(self) -> ProcessLock:
+        return ServerLock(self)
+
+    def dead(self, pids: Mapping[int, int]) -> set[int]:
+        """Those whose lock was found free at every look of some time."""
+        if not pids:
+            return set()
+        rows = self.pooled(lambda _, connection: connection.execute(_LIVING, (_LIVES,)).fetchall())
+        living, now = {row[0] for row in rows}, monotonic()
+        self._free_since = {
+            process_id: self._free_since.get(process_id, now) for process_id in pids if process_id not in living
+        }
+        return {process_id for process_id in self._free_since if self.is_dead(process_id, 0)}
+
+    def is_dead(self, process_id: int, pid: int) -> bool:
+        free_since = self._free_since.get(process_id)
+        return free_since is not None and monotonic() - free_since >= FREE_FOR_S
+
+    def watch(self, process_id: int, pid: int) -> None:
+        while not self.dead({process_id: pid}) and self._free_since:
+            sleep(1)
+
+
+class _Context:
+    """What new connections take from us."""
+
+    adapters = _ADAPTERS
+    connection = None
+
+
+class ServerLock(ProcessLock):
+    """A lock of a session of its own: the server frees it when the connection ends, however the process dies."""
+
+    def __init__(self, database: PostgresDatabase) -> None:
+        self._database = database
+        self._connection: Connection | None = None
+        self._process_id: int | None = None
+
+    def take_place(self, process_id: int) -> None:
+        self._process_id = process_id
+        self.keep()
+
+    def keep(self) -> None:
+        """Look whether the session still lives, and take the lock anew in a fresh one where it does not."""
+        if self._connection is not None:
+            try:
+                self._connection.execute("SELECT 1")
+                return
+            except psycopg.Error:
+                self._connection.close()
+                self._connection = None
+        connection = self._database.connect(application_name=f"abhiapi-process-{self._process_id}")
+        try:
+            with self._database.translating():
+                row = connection.execute(_TAKE, (_LIVES, self._process_id)).fetchone()
+        except BaseException:
+            connection.close()
+            raise
+        if row is not None and row[0]:
+            self._connection = connection
+        else:  # the lost session's has not been noticed yet: until then it speaks for us, and we try again
+            connection.close()
+
+    def release(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def _parameters(url: URL) -> dict[str, Any]:
+    """The URL as libpq takes it: what it says itself comes before what we say."""
+    own = {name: value if isinstance(value, str) else value[-1] for name, value in url.query.items()}
+    settings = "".join(f" -c {name}={value}" for name, value in _OPTIONS.items())
+    given = {
+        "host": url.host,
+        "port": url.port,
+        "user": url.username,
+        "password": url.password,
+        "dbname": url.database,
+        "application_name": "abhiapi",
+        "connect_timeout": CONNECT_S,
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 2,
+        "tcp_user_timeout": 20_000,  # ms
+        "client_encoding": "UTF8",
+    } | own
+    given["options"] = f"{own.get('options', '')}{settings}".strip()
+    return {name: value for name, value in given.items() if value is not None}
