@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -74,11 +74,13 @@ class Process:
     log: Path
 
     @classmethod
-    def start(cls, arguments: list[str], log: Path, env: Mapping[str, str], cwd: Path = ROOT) -> Process:
+    def start(
+        cls, arguments: list[str], log: Path, env: Mapping[str, str], cwd: Path = ROOT, *, prefix: Sequence[str] = ()
+    ) -> Process:
+        """Start Python with these arguments; ``prefix`` is what starts it elsewhere (`machines`)."""
+        command = [*prefix, sys.executable, *arguments]
         with open(log, "ab") as out:
-            popen = subprocess.Popen(
-                [sys.executable, *arguments], cwd=cwd, env=dict(env), stdout=out, stderr=out, start_new_session=True
-            )
+            popen = subprocess.Popen(command, cwd=cwd, env=dict(env), stdout=out, stderr=out, start_new_session=True)
         return cls(popen, log)
 
     def output(self) -> str:
