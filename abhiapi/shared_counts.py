@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import gevent
 
-from abhiapi.redis_line import Command, RedisAway, RedisLine
+from abhiapi.redis_line import TIMEOUT_S, Command, RedisAway, RedisLine
 from abhiapi.windows import Standing
 
 LEASE_S = 45.0  # after which a killed process's places are free
@@ -96,6 +96,7 @@ class SharedCounts:
         *,
         lease_s: float = LEASE_S,
         renew_s: float = RENEW_S,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         """``running``: the calls of this process that hold a place, as (key, member)."""
         self._running = running
@@ -104,7 +105,7 @@ class SharedCounts:
         self._recent: deque[tuple[float, int, str]] = deque(maxlen=RECENT_MAX)  # calls admitted here in the last minute
         self._left: deque[tuple[float, int, str]] = deque(maxlen=LEFT_MAX)  # places that Redis may still count
         self._to_tell: deque[tuple[float, int, str]] | None = None  # of the recent ones, to a Redis that comes back
-        self._line = RedisLine(url, SCRIPTS, missed=self._missed, last_words=self._last_words)
+        self._line = RedisLine(url, SCRIPTS, missed=self._missed, last_words=self._last_words, timeout_s=timeout_s)
         self._renewer = gevent.spawn(self._renew_for_ever)
 
     @property

@@ -1,5 +1,5 @@
 """A process that counts limits with others over one Redis, for tests: told what to do line by line on stdin.
-Run under `gevent.monkey`, as a server is.
+Run under `gevent.monkey`, as a server is. Waits longer for Redis than one, since tests make machines busy.
 
 enter KEY N     that many calls at once: how many were admitted, refused for places, refused for the minute
 leave KEY N     so many of the admitted ones end, or all that there are
@@ -22,7 +22,9 @@ from abhiapi.settings import Settings
 def main(url: str, lease_s: str, renew_s: str, environ: str) -> None:
     alone: list[int] = []
     settings = Settings.from_env({"ABHIAPI_LIMITS_URL": url} | json.loads(environ))
-    limits = CallLimits(settings, on_fallback=lambda: alone.append(1), lease_s=float(lease_s), renew_s=float(renew_s))
+    limits = CallLimits(
+        settings, on_fallback=lambda: alone.append(1), lease_s=float(lease_s), renew_s=float(renew_s), timeout_s=5
+    )
     leases: dict[int, list[Lease]] = {}
 
     def enter(key_id: int) -> str:
