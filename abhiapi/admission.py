@@ -49,7 +49,7 @@ class RequestBody(Protocol):
 class ReplyBody(Protocol):
     """An answer in pieces. ``close`` is called whatever happens, and calls ``when_closed`` once."""
 
-    when_closed: Callable[[], None]
+    when_closed: Callable[[], object]
 
     def __iter__(self) -> Iterator[bytes]: ...
 
@@ -135,13 +135,14 @@ def within_limits(rt: Runtime, request: Request, serve: Serve) -> Reply:
     except BaseException:
         lease.release()
         raise
+    standing = None
     if isinstance(reply.body, bytes):
-        lease.release()
+        standing = lease.release()
     else:
         reply.body.when_closed = lease.release
     if reply.call_id is not None:
         shown = [("x-abhiapi-call-id", call_text(reply.call_id))]
-    return with_headers(reply, shown + rt.limits.headers(caller.key_id, caller.plan))
+    return with_headers(reply, shown + rt.limits.headers(caller.key_id, caller.plan, standing))
 
 
 def refused(rt: Runtime, request: Request, error: AbhiError) -> Reply:

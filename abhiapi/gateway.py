@@ -148,7 +148,7 @@ class MeteredBody:
         self._ended = False  # fal's body was read to its whole end
         self._outcome: Outcome | None = None
         self._pieces = self._iterate()
-        self.when_closed: Callable[[], None] = lambda: None
+        self.when_closed: Callable[[], object] = lambda: None
 
     def read_whole(self, most: int) -> bytes | None:
         """The whole body if it is a short one that does not arrive bit by bit; else None, and it is kept for later.

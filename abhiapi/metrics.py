@@ -22,6 +22,10 @@ class Metrics:
         self.refused = Counter(
             "abhiapi_refused", "Calls refused before fal heard of them, by error type", ["type"], registry=self.registry
         )
+        self.limits_fallback = Counter(
+            "abhiapi_limits_fallback", "Decisions on limits by this process alone, as Redis was away",
+            registry=self.registry,
+        )  # fmt: skip
         self.credits = Counter("abhiapi_charged_micros", "Charges, in micros", registry=self.registry)
         self.over_hold = Counter("abhiapi_charges_over_hold", "Charges above their hold", registry=self.registry)
         self.parked = Counter(

@@ -29,7 +29,7 @@ class _Pieces:
     def __init__(self, reply: FalReply) -> None:
         self._reply = reply
         self._pieces = self._iterate()
-        self.when_closed: Callable[[], None] = lambda: None
+        self.when_closed: Callable[[], object] = lambda: None
 
     def __iter__(self) -> Iterator[bytes]:
         return self._pieces

@@ -159,6 +159,7 @@ class Runtime:
             self.write(lambda tx: processes.end(tx, self.process_id, now_ms=self.now_ms()), patience_s=CLOSE_PATIENCE_S)
         except DatabaseUnavailable as error:  # the next sweep ends it: its lock is free
             log.warning("this process was not signed off: %s", error.message)
+        self.limits.close()
         self.writer.close()
         self.reader.close()
         self.lock.release()
@@ -197,7 +198,7 @@ def start(
         fal_rest=Fal(
             settings.fal_rest_url, settings.fal_key, timeout_s=min(REST_TIMEOUT_S, settings.upstream_timeout_s)
         ),
-        limits=CallLimits(settings),
+        limits=CallLimits(settings, on_fallback=metrics.limits_fallback.inc),
         metrics=metrics,
         process_id=process_id,
         lock=lock,
@@ -208,6 +209,9 @@ def start(
         now_ms=now_ms,
     )
     metrics.gauge("abhiapi_in_flight", "Calls running just now", runtime.limits.in_flight)
+    metrics.gauge(
+        "abhiapi_limits_shared", "Whether limits are counted by all processes just now", runtime.limits.is_shared
+    )
     metrics.gauge("abhiapi_alerts_standing", "Alerts that stand", lambda: len(runtime.standing))
     metrics.gauge("abhiapi_oldest_open_hold_seconds", "Age of the oldest open hold", runtime.oldest_hold_s)
     return runtime

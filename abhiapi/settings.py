@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from dotenv import dotenv_values
 from sqlalchemy.engine import make_url
@@ -38,10 +38,11 @@ class Variable:
 
 
 def _setting(
-    name: str, default: str, meaning: str, parse: Callable[[str], Any], *, secret: bool = False, hides: str = ""
+    name: str, default: str, meaning: str, parse: Callable[[str], Any], *, secret: bool = False, hidden: bool = False
 ) -> Any:
-    metadata = {"variable": Variable(name, default, meaning), "parse": parse, "shown": not secret}
-    return field(repr=not (secret or hides), metadata=metadata)
+    """``secret``: never said. ``hidden``: said in an error without its password, and not by ``repr``."""
+    described = {"variable": Variable(name, default, meaning), "parse": parse, "secret": secret}
+    return field(repr=not (secret or hidden), metadata=described)
 
 
 def _text(value: str) -> str:
@@ -173,12 +174,30 @@ def _database_url(value: str) -> str:
     return value
 
 
+_REDIS_OPTIONS = frozenset(("db", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"))
+
+
 def _limits_url(value: str) -> str:
-    if value.startswith("redis"):
-        raise ValueError("names Redis, which this release does not support yet: use memory://")
-    if not value.startswith("memory://"):
-        raise ValueError("must be memory://")
+    """`memory://`, or Redis as redis-py reads it; what would undo our time limits may not be said there."""
+    if value == "memory://":
+        return value
+    parts = urlsplit(value)
+    place = parts.path if parts.scheme == "unix" else parts.hostname
+    if parts.scheme not in ("redis", "rediss", "unix") or not place or not re.fullmatch(r"[\x21-\x7e]+", value):
+        raise ValueError("must be memory://, or redis://, rediss:// or unix:// such as redis://127.0.0.1:6379/0")
+    if parts.scheme != "unix" and (not re.fullmatch(r"(/[0-9]{0,5})?", parts.path) or not _has_port(parts)):
+        raise ValueError("must end with a port and the number of a database, such as redis://127.0.0.1:6379/0")
+    unknown = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if name not in _REDIS_OPTIONS]
+    if unknown:
+        raise ValueError(f"takes no option but {', '.join(sorted(_REDIS_OPTIONS))}")
     return value
+
+
+def _has_port(parts: SplitResult) -> bool:
+    try:
+        return parts.port != 0  # None: the usual one
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,9 +222,16 @@ class Settings:
         "where the ledger is: `sqlite:////absolute/path.db` or `postgresql://user:password@host/name`; unset: "
         "`abhiapi.db` in Flask's instance folder",
         _database_url,
-        hides="a password",
+        hidden=True,
     )
-    limits_url: str = _setting("ABHIAPI_LIMITS_URL", "memory://", "where limits are counted", _limits_url)
+    limits_url: str = _setting(
+        "ABHIAPI_LIMITS_URL",
+        "memory://",
+        "where limits are counted: `memory://`, or a Redis (`redis://`, `rediss://`, `unix://`) where several "
+        "processes serve",
+        _limits_url,
+        hidden=True,
+    )
     public_url: str | None = _setting(
         "ABHIAPI_PUBLIC_URL",
         "",
@@ -350,7 +376,7 @@ class Settings:
             try:
                 values[item.name] = item.metadata["parse"](text)
             except ValueError as error:
-                shown = f" (it is {_without_password(text)[:80]!r})" if item.metadata["shown"] else ""
+                shown = f" (it is {_without_password(text)[:80]!r})" if not item.metadata["secret"] else ""
                 problems.append(f"{variable.name} {error}{shown}")
         if problems:
             raise SettingsError(problems)
@@ -371,7 +397,7 @@ def environment() -> dict[str, str]:
 
 
 def _without_password(url: str) -> str:
-    return re.sub(r"(//)[^/]*(@)|(password=)[^&]*", r"\1\3...\2", url)
+    return re.sub(r"(password=)[^&]*", r"\1...", re.sub(r"//.*@", "//...@", url))
 
 
 def variables() -> list[Variable]:

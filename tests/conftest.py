@@ -12,6 +12,7 @@ from abhiapi.db import Database, database_at
 from abhiapi.migrations import migrate
 from abhiapi.settings import Settings
 from tests.harness import OPERATOR_KEY, Books, Clock, Fal, Server
+from tests.redis_server import RedisServer
 from tests.scripted import House, ScriptedFal
 
 STRICT_BODY_BYTES = 300_000  # more than a body that is kept in memory
@@ -34,6 +35,13 @@ def database(tmp_path: Path) -> Database:
 def fal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fal]:
     """One simulator for the whole run; each test looks at its own calls only."""
     with Fal.started(tmp_path_factory.mktemp("fal")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One Redis for the whole run; each test takes a database of its own in it."""
+    with RedisServer.started(tmp_path_factory.mktemp("redis")) as running:
         yield running
 
 

@@ -13,7 +13,8 @@ from abhiapi.commands import checks, database_checks, session
 from abhiapi.metering import Verdict
 from abhiapi.migrations import VERSION, migrate
 from tests.command_line import CommandLine
-from tests.harness import Clock
+from tests.harness import Clock, free_port
+from tests.redis_server import RedisServer
 from tests.rows import Customer
 
 
@@ -45,10 +46,25 @@ def test_doctor_finds_a_healthy_installation_well(cli: CommandLine, customer: Cu
     assert done.exit_code == 0, done.stdout
     assert done.stderr == ""
     assert set(checked(cli)) == {
-        *("variables", "settings", "fal credential", "open files", "disk"),
+        *("variables", "settings", "fal credential", "limits", "open files", "disk"),
         *("database", "webhook key", "writing", "prices", "holds", "ledger"),
     }
     assert "1 open" in checked(cli)["holds"]["message"]
+
+
+def test_doctor_looks_at_redis(cli: CommandLine, redis_server: RedisServer) -> None:
+    """Its version and latency; a policy that may evict counts is told, and so is one that is not there."""
+    url = redis_server.url()
+    well = checked(cli, ABHIAPI_LIMITS_URL=url)["limits"]
+    assert (well["status"], "Redis " in well["message"], "ms" in well["message"]) == ("ok", True, True)
+    redis_server.set("maxmemory-policy", "allkeys-lru")
+    try:
+        evicting = checked(cli, ABHIAPI_LIMITS_URL=url)["limits"]
+    finally:
+        redis_server.set("maxmemory-policy", "noeviction")
+    assert (evicting["status"], "allkeys-lru" in evicting["message"]) == ("warn", True)
+    gone = checked(cli, ABHIAPI_LIMITS_URL=f"redis://:top-secret@127.0.0.1:{free_port()}")["limits"]
+    assert (gone["status"], "top-secret" in gone["message"]) == ("fail", False)
 
 
 def test_doctor_creates_nothing(tmp_path: Path) -> None:

@@ -20,15 +20,19 @@ from abhiapi.limits import CallLimits
 from abhiapi.settings import Settings
 from tests import raw_http
 from tests.harness import OPERATOR_KEY, Fal, Server, until
+from tests.redis_server import RedisServer
 
 _names = count(1)
 FREE, PRO = (30, 5), (300, 40)
 
 
-@pytest.fixture(scope="module")
-def server(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with the limits that the reference page promises."""
+@pytest.fixture(scope="module", params=["memory", "redis"])
+def server(
+    fal: Fal, tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer, request: pytest.FixtureRequest
+) -> Iterator[Server]:
+    """A server with the limits that the reference page promises, counted in its memory and counted in Redis."""
     settings = {"ABHIAPI_RATE_PER_MINUTE": "", "ABHIAPI_CONCURRENCY": "", "ABHIAPI_UPSTREAM_TIMEOUT_S": "5"}
+    settings["ABHIAPI_LIMITS_URL"] = redis_server.url() if request.param == "redis" else "memory://"
     with Server.started(tmp_path_factory.mktemp("limits"), fal.url, **settings) as running:
         yield running
 
@@ -204,6 +208,12 @@ def test_no_failure_keeps_a_place(server: Server, fal: Fal) -> None:
     until(lambda: "abhiapi_in_flight 0" in metrics(server), what="nothing is running")
     with running_calls(server, fal, key, PRO[1]):
         assert_refused(server.post(key), "too_many_concurrent", PRO[0])
+
+
+def test_limits_are_counted_in_the_storage_of_the_settings(server: Server) -> None:
+    """Else the tests above had tried another one."""
+    is_redis = server.env["ABHIAPI_LIMITS_URL"].startswith("redis")
+    until(lambda: f"\nabhiapi_limits_shared {int(is_redis)}" in metrics(server), what="it is in use")
 
 
 def metrics(server: Server) -> str:

@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
         db db_base db_sqlite db_postgres liveness migrations migrations_postgres
         http_parser http_adapter fal fal_keys platform_api operator_webhook
         signing outbound passwords
-        metrics polls
+        metrics polls windows redis_line shared_counts
         """,
         """
         ledger spending calls jobs billing idempotency keys accounts processes
@@ -64,6 +64,7 @@ DOORS = {
     "gunicorn": {"worker"},
     "click": {"commands"},
     "prometheus_client": {"metrics"},
+    "redis": {"redis_line"},
     "urllib3": set(),
     "httpx": set(),
     "urllib.request": set(),
@@ -80,6 +81,9 @@ IN_SECONDS = {
     "worker",
     "metrics",
     "polls",
+    "redis_line",
+    "shared_counts",
+    "windows",
     "sandbox",
     "wsgi",
     "serving",

@@ -99,6 +99,47 @@ def test_a_password_in_a_bad_url_is_not_said(name: str) -> None:
     assert "db.example" in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("redis://127.0.0.1", "redis://127.0.0.1:6379/3", "redis://:pw@cache.example:6379", "rediss://ann:pw@[::1]/0"),
+        *("unix:///run/redis/redis.sock?db=2", "rediss://cache.example/0?ssl_ca_certs=/etc/ca.pem", "memory://"),
+    ],
+)
+def test_where_limits_are_counted_may_be_said_in_these_ways(url: str) -> None:
+    settings = Settings.from_env({"ABHIAPI_LIMITS_URL": url})
+    assert settings.limits_url == url
+    assert "pw" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "redis://",
+            "redis://here:port/0",
+            "redis://here:99999/0",
+            "redis://here/name",
+            "redis://here/0/1",
+            "unix://",
+        ),
+        *("redis://here/0?socket_timeout=60", "redis+cluster://here", "memory://x", "redis here", "redis://he re/0"),
+    ],
+)
+def test_an_address_that_is_no_redis_or_undoes_our_time_limits_is_a_bad_setting(url: str) -> None:
+    with pytest.raises(SettingsError, match="ABHIAPI_LIMITS_URL"):
+        Settings.from_env({"ABHIAPI_LIMITS_URL": url})
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://:top/secret@here/x", "redis://:a@top-secret@here/x", "redis://here/x?password=top-secret"]
+)
+def test_no_password_is_said_however_wrong_the_url_around_it(url: str) -> None:
+    with pytest.raises(SettingsError) as refusal:
+        Settings.from_env({"ABHIAPI_LIMITS_URL": url})
+    assert "secret" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("digits", ["\u0663\u0663", "\uff13", "\u00b2"])
 def test_numbers_are_written_in_plain_digits(digits: str) -> None:
     with pytest.raises(SettingsError) as refusal:

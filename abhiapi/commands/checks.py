@@ -36,6 +36,7 @@ def examine(now_ms: int) -> Iterator[Check]:
         return
     yield Check("settings", "ok", "every value can be read")
     yield _fal_key(settings)
+    yield _limits(settings)
     yield _open_files()
     try:
         database = database_at(settings.database_url)
@@ -82,6 +83,28 @@ def _fal_key(settings: Settings) -> Check:
     if settings.fal_key is None:
         return Check("fal credential", "fail", "FAL_KEY is not set: without it `serve` starts only with --sandbox")
     return Check("fal credential", "ok", "FAL_KEY is set (whether fal takes it is seen at the first call)")
+
+
+def _limits(settings: Settings) -> Check:
+    if settings.limits_url.startswith("memory"):
+        return Check("limits", "ok", "counted in the memory of the one process that serves")
+    from abhiapi import redis_line  # here, because redis-py takes its time to load
+
+    try:
+        seen = redis_line.look(settings.limits_url)
+    except redis_line.RedisAway as error:
+        return Check("limits", "fail", f"Redis cannot be used, so each process counts for itself: {error}")
+    message = f"Redis {seen.version} answers in {seen.latency_ms} ms"
+    if seen.latency_ms >= redis_line.TIMEOUT_S * 1000:
+        return Check("limits", "fail", f"{message}, which is too late: calls are decided without it")
+    if seen.eviction_policy != "noeviction":
+        return Check(
+            "limits",
+            "warn",
+            f"{message}, and forgets counts when it is full (maxmemory-policy {seen.eviction_policy}): "
+            "set maxmemory-policy noeviction",
+        )
+    return Check("limits", "ok", f"{message}, and evicts nothing")
 
 
 def _open_files() -> Check:

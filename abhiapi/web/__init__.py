@@ -50,6 +50,7 @@ def create_app(rt: Runtime) -> Flask:
         request_key,
         app=app,
         storage_uri=rt.limits.storage_uri,
+        storage_options=rt.limits.storage_options,
         strategy="moving-window",
         headers_enabled=False,
     )
