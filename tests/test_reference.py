@@ -25,10 +25,10 @@ from abhiapi.web.pages import price_table, texts
 from tests import page_text
 from tests.harness import OPERATOR_KEY, ROOT, Books, Server, environment
 from tests.page_text import Said
-from tests.test_queue_clients import Site, node_folder, ran, site, tls_site
+from tests.test_queue_clients import Site, ran, site, tls_site
 from tests.test_quickstart import COMMANDS, pasted
 
-__all__ = ["node_folder", "site", "tls_site"]  # fixtures
+__all__ = ["site", "tls_site"]  # fixtures
 
 SEED = (ROOT / "tests/data/api-reference.txt").read_text().splitlines()
 SEED_HOST = "https://fal.abhibots.com"
