@@ -43,6 +43,11 @@ def when(at_ms: int | None, otherwise: str = "never") -> Markup:
     return Markup('<time datetime="{}" title="{}">{}</time>').format(exact, exact, shown)
 
 
+def month(at_ms: int) -> str:
+    """The month of a time, as the statement is asked for: ``2026-11``."""
+    return datetime.fromtimestamp(at_ms // 1000, UTC).strftime("%Y-%m")
+
+
 def _grouped(text: str) -> str:
     sign = "-" if text.startswith("-") else ""
     whole, point, fraction = text.lstrip("-").partition(".")
@@ -55,6 +60,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "nano_usd": nano_usd,
     "count": count,
     "when": when,
+    "month": month,
     "call_id": ids.call_text,
     "key_id": ids.key_text,
 }
