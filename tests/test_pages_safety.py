@@ -446,6 +446,34 @@ def test_tries_are_counted_for_each_address_of_mail(server: Server) -> None:
     assert Person(server).sign_in(other.email).status_code == 303
 
 
+def test_the_operator_sees_how_often_people_get_in_and_do_not(server: Server) -> None:
+    """`abhiapi_sign_ins_total`: done, failed and throttled, and nothing of whom."""
+
+    def counted() -> dict[str, int]:
+        text = requests.get(f"{server.url}/metrics", timeout=30).text
+        return {end: int(found) for end, found in re.findall(r'abhiapi_sign_ins_total\{end="(\w+)"\} (\d+)', text)}
+
+    before = counted()
+    user = new_user(server, server.books.account(1)[0])
+    assert Person(server).sign_in(user.email).status_code == 303
+    tried = [Person(server).sign_in(user.email, "wrong").status_code for _ in range(11)]
+    assert tried == [401] * 9 + [429] * 2
+    after = counted()
+    assert {end: after[end] - before[end] for end in after} == {"done": 1, "failed": 9, "throttled": 2}
+
+
+def test_the_navigation_shows_where_one_is(server: Server) -> None:
+    """One entry, and on pages without one of their own the one that they stand under."""
+    name, _ = server.books.account(1)
+    person = visiting(server, new_user(server, name, is_operator=True))
+    for path, label, how in (
+        ("keys", "Keys", "page"), (f"keys/{key_id_of(server, person)}/revoke", "Keys", "true"),
+        ("calls", "Usage", "true"), ("operator/holds", "Open holds", "page"), ("operator/revenue", "Revenue", "page"),
+    ):  # fmt: skip
+        shown = person.get(f"/dashboard/{path}").text
+        assert re.findall(r'aria-current="(\w+)">([\w ]+)</a></li>', shown) == [(how, label)], path
+
+
 def test_tries_are_counted_for_each_address_of_the_network(server: Server) -> None:
     person = Person(server)
     token = person.csrf_token()
@@ -563,7 +591,7 @@ def test_every_page_is_strict_about_what_it_loads_and_is_kept_nowhere(server: Se
 def test_files_are_kept_for_ever_under_an_address_that_changes_with_them(server: Server) -> None:
     page = Person(server).get(SIGN_IN).text
     found = re.findall(r"\"(/static/([\w.]+)\?v=\w+)\"", page)
-    assert {name for _, name in found} == {"app.css", "app.js", "icon.svg"}
+    assert {name for _, name in found} == {"base.css", "app.css", "app.js", "copy.js", "icon.svg"}
     for address, name in found:
         file = requests.get(server.url + address, timeout=30)
         assert file.status_code == 200

@@ -351,7 +351,7 @@ def test_the_docs_python_lines_work(site: Site, tmp_path: Path) -> None:
 
 def test_the_docs_python_lines_for_a_first_try_work_over_plain_http(site: Site) -> None:
     """`make run` has no TLS, and the client knows nothing else."""
-    (script,) = snippet("python", "Python, to try it here")
+    (script,) = snippet("python", "Python, over plain http")
     env = site.env() | {"FAL_RUN_HOST": "fal.run", "FAL_QUEUE_RUN_HOST": "queue.fal.run"}
     assert "26.25" in ran([sys.executable, "-c", script.replace("http://127.0.0.1:8000", site.server.url)], env)
     assert site.charges() == 1

@@ -30,6 +30,13 @@ def nano_usd(nanos: int) -> str:
     return f"{'-' if nanos < 0 else ''}${whole}.{fraction.ljust(2, '0')}"
 
 
+def amount(number: str, unit: str) -> str:
+    """So many of a unit that fal names in the plural: ``1 megapixel``, ``2.5 seconds``, ``3 x 1000 tokens``."""
+    if unit[:1].isdigit():
+        return f"{number} x {unit}"
+    return f"{number} {unit.removesuffix('s') if number == '1' else unit}"
+
+
 def count(number: int) -> str:
     return f"{number:,}"
 
@@ -58,6 +65,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "credits": credits,
     "usd": usd,
     "nano_usd": nano_usd,
+    "amount": amount,
     "count": count,
     "when": when,
     "month": month,
