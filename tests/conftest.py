@@ -58,6 +58,14 @@ def strict_server(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield running
 
 
+@pytest.fixture(scope="session")
+def dashboard(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server for people: it believes one proxy in front, so that each of them can have an address."""
+    settings = {"ABHIAPI_TRUSTED_PROXIES": "1", "ABHIAPI_WEBHOOK_ALLOW_LOOPBACK": "1"}
+    with Server.started(tmp_path_factory.mktemp("dashboard"), fal.url, **settings) as running:
+        yield running
+
+
 @pytest.fixture
 def books(shared_server: Server) -> Books:
     """The database of the shared server, as an operator would change it from another process."""

@@ -11,32 +11,21 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, expect
 
-from abhiapi import accounts, users
-from abhiapi.db import Tx
+from abhiapi import accounts
 from tests.browser import Window, opened, shown_key
-from tests.harness import ROOT, Fal, Process, Server, environment, free_port, until
-from tests.people import PASSWORD, new_email, new_user
+from tests.harness import ROOT, Process, Server, environment, free_port, until
+from tests.people import PASSWORD, invitation, new_email, new_user
 
 
-@pytest.fixture(scope="module")
-def server(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server.started(tmp_path_factory.mktemp("pages"), fal.url, ABHIAPI_TRUSTED_PROXIES="1") as running:
-        yield running
+@pytest.fixture
+def server(dashboard: Server) -> Server:
+    return dashboard
 
 
 @pytest.fixture
 def window(browser: Browser, server: Server, axe: str) -> Iterator[Window]:
     with opened(browser, server, axe) as made:
         yield made
-
-
-def invitation(server: Server, account: str, email: str) -> str:
-    def op(tx: Tx) -> str:
-        owner = accounts.find(tx, account)
-        assert owner is not None
-        return users.invite(tx, email, account_id=owner.account_id, now_ms=server.books.clock())[0]
-
-    return f"/dashboard/invite/{server.books.write(op)}"
 
 
 def test_from_an_invitation_to_a_charge_and_a_new_key(window: Window, server: Server) -> None:

@@ -11,18 +11,16 @@ from playwright.sync_api import Browser, expect
 from abhiapi import calls, ledger
 from abhiapi.money import Micros
 from tests.browser import Window, opened
-from tests.harness import Fal, Server, until
+from tests.harness import Server, until
 from tests.people import new_user
 from tests.receiver import Receiver
 
 MODELS = ("fal-ai/flux/dev", "fal-ai/flux/schnell", "fal-ai/creative-upscaler")
 
 
-@pytest.fixture(scope="module")
-def server(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    settings = {"ABHIAPI_TRUSTED_PROXIES": "1", "ABHIAPI_WEBHOOK_ALLOW_LOOPBACK": "1"}
-    with Server.started(tmp_path_factory.mktemp("figures"), fal.url, **settings) as running:
-        yield running
+@pytest.fixture
+def server(dashboard: Server) -> Server:
+    return dashboard
 
 
 @pytest.fixture

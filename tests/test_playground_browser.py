@@ -13,10 +13,9 @@ from tests.harness import Fal, Server
 from tests.people import new_user
 
 
-@pytest.fixture(scope="module")
-def server(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server.started(tmp_path_factory.mktemp("play"), fal.url, ABHIAPI_TRUSTED_PROXIES="1") as running:
-        yield running
+@pytest.fixture
+def server(dashboard: Server) -> Server:
+    return dashboard
 
 
 @pytest.fixture
