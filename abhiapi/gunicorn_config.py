@@ -67,6 +67,10 @@ def post_worker_init(worker: Any) -> None:
     gc.set_threshold(*GC_THRESHOLDS)
     addresses = ", ".join(str(sock.getsockname()) for sock in worker.sockets)
     print(f"AbhiAPI serves {_settings.fal_run_url} on {addresses}", file=sys.stderr, flush=True)
+    if link := os.environ.get("ABHIAPI_DEMO_LINK"):
+        from abhiapi.web.pages import demo
+
+        demo.offer(sys.modules["abhiapi.wsgi"].app, link)
     banner = os.environ.get("ABHIAPI_BANNER")
     if banner:
         print(banner, flush=True)

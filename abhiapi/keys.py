@@ -77,6 +77,9 @@ _CALLER = _CALLERS.where(_k.digest == bindparam("of_digest"))
 _CALLER_INSIDE = _CALLERS.join(tables.playground_keys, tables.playground_keys.c.key_id == _k.key_id).where(
     tables.playground_keys.c.account_id == bindparam("account")
 )
+_PLAYGROUNDS = select(tables.playground_keys.c.key_id).where(
+    tables.playground_keys.c.account_id == bindparam("account")
+)
 _CREATE = insert(tables.keys).values(
     {
         name: bindparam(name)
@@ -268,6 +271,8 @@ def rotate(tx: Tx, key: Key, *, grace_ms: int, now_ms: int) -> tuple[str, Key]:
     """
     if key.status_at(now_ms) != "active":
         raise Refused(f"{key_text(key.key_id)} is {key.status_at(now_ms)}: only an active key is rotated")
+    if playground_key_id(tx, key.account_id) == key.key_id:
+        raise Refused(f"{key_text(key.key_id)} is the playground's own, which nobody can send: revoke it instead")
     made = create(
         tx,
         key.account_id,
@@ -280,6 +285,12 @@ def rotate(tx: Tx, key: Key, *, grace_ms: int, now_ms: int) -> tuple[str, Key]:
     spending.share(tx, key.key_id, made[1].key_id)
     tx.run(_EXPIRE, key=key.key_id, at=now_ms + grace_ms)
     return made
+
+
+def playground_key_id(tx: Tx, account_id: int) -> int | None:
+    """The key that the account's playground calls with (decisions/0017), if it ever did."""
+    row = tx.one(_PLAYGROUNDS, account=account_id)
+    return row[0] if row else None
 
 
 def set_models(tx: Tx, key: Key, patterns: Sequence[str]) -> Key:

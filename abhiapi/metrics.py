@@ -41,6 +41,13 @@ class Metrics:
         )
         self.alerts = Counter("abhiapi_alerts", "Alerts told, by kind", ["kind"], registry=self.registry)
         self.swept = Counter("abhiapi_holds_swept", "Holds released by the sweep", registry=self.registry)
+        sign_ins = Counter(
+            "abhiapi_sign_ins",
+            "Tries to sign in to the dashboard, by what came of them",
+            ["end"],
+            registry=self.registry,
+        )
+        self.sign_ins = {end: sign_ins.labels(end) for end in ("done", "failed", "throttled")}
         self.webhooks = Counter(
             "abhiapi_webhooks", "Attempts to deliver webhooks to customers, by what came of them", ["outcome"],
             registry=self.registry,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 
-from sqlalchemy import bindparam, insert, select, update
+from sqlalchemy import bindparam, insert, update
 
 from abhiapi import keys, tables
 from abhiapi.db import Tx
@@ -19,7 +19,6 @@ from abhiapi.keys import Key
 NAME = "playground"
 
 _p = tables.playground_keys.c
-_FIND = select(_p.key_id).where(_p.account_id == bindparam("account"))
 _FIRST = insert(tables.playground_keys).values(account_id=bindparam("account"), key_id=bindparam("key"))
 _REPLACE = (
     update(tables.playground_keys).where(_p.account_id == bindparam("account")).values(key_id=bindparam("to_key"))
@@ -27,8 +26,8 @@ _REPLACE = (
 
 
 def find(tx: Tx, account_id: int) -> Key | None:
-    row = tx.one(_FIND, account=account_id)
-    return keys.by_id(tx, row[0]) if row else None
+    key_id = keys.playground_key_id(tx, account_id)
+    return keys.by_id(tx, key_id) if key_id is not None else None
 
 
 def ensured(tx: Tx, account_id: int, *, now_ms: int, chance: Callable[[int], bytes] = secrets.token_bytes) -> Key:

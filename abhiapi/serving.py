@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import resource
 import socket
@@ -154,10 +155,29 @@ def demo_link(settings: Settings) -> str:
     return f"/dashboard/demo/{open_database(settings).write(set_up)}"
 
 
-def demo_banner(base_url: str, key: str, link: str, database_url: str) -> str:
+def may_offer_demo(settings: Settings, host: str) -> bool:
+    """Whether pages may show the demo's link: nobody but this machine is served, and the books are the demo's own.
+
+    A ledger with an account that is older than the demo's is one of real customers, whatever it was named for.
+    """
+    try:
+        is_here = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_here = False
+    database = open_database(settings)
+    oldest = min(database.read(accounts.everyone), key=lambda account: account.account_id)
+    return is_here and oldest.name == DEMO_ACCOUNT
+
+
+def demo_banner(base_url: str, key: str, link: str, database_url: str, *, is_offered: bool) -> str:
     """What a newcomer reads: where to click, a line that works when pasted, and how to look at the books."""
+    where = f"""Open this, and click on from there:
+
+  {base_url}
+
+This opens the dashboard at once:"""
     return f"""
-AbhiAPI serves the built-in simulator of fal: nothing here costs money. Open the dashboard, signed in:
+AbhiAPI serves the built-in simulator of fal: nothing here costs money. {where if is_offered else "This signs you in:"}
 
   {base_url}{link}
 

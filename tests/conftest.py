@@ -1,17 +1,23 @@
-"""Fixtures: a real database in a file, a clock that ticks when told, a real gunicorn before a real simulator."""
+"""Fixtures: a database in a file, a clock that ticks when told, a real gunicorn before a real simulator, a browser."""
 
 from __future__ import annotations
 
+import fcntl
+import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser
 
 from abhiapi import runtime
 from abhiapi.db import Database, database_at
 from abhiapi.migrations import migrate
 from abhiapi.settings import Settings
-from tests.harness import OPERATOR_KEY, Books, Clock, Fal, Server
+from tests.browser import chromium
+from tests.harness import OPERATOR_KEY, ROOT, Books, Clock, Fal, Server
 from tests.redis_server import RedisServer
 from tests.scripted import House, ScriptedFal
 
@@ -60,6 +66,14 @@ def strict_server(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield running
 
 
+@pytest.fixture(scope="session")
+def dashboard(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server for people: it believes one proxy in front, so that each of them can have an address."""
+    settings = {"ABHIAPI_TRUSTED_PROXIES": "1", "ABHIAPI_WEBHOOK_ALLOW_LOOPBACK": "1"}
+    with Server.started(tmp_path_factory.mktemp("dashboard"), fal.url, **settings) as running:
+        yield running
+
+
 @pytest.fixture
 def books(shared_server: Server) -> Books:
     """The database of the shared server, as an operator would change it from another process."""
@@ -79,3 +93,35 @@ def house(tmp_path: Path, clock: Clock) -> Iterator[House]:
     assert rt.limits.in_flight() == 0
     assert books.verify().problems == []
     rt.close()
+
+
+@pytest.fixture(scope="session")
+def node_folder(request: pytest.FixtureRequest) -> Path:
+    """A folder with the JavaScript client installed, kept between runs in pytest's own cache."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("Node.js is not installed: the JavaScript client is not tried")
+    package = ROOT / "tests/clients/package.json"
+    wanted = package.read_bytes()
+    assert request.config.cache is not None
+    folder = request.config.cache.mkdir(f"fal-ai-client-{re.sub(rb'[^0-9.]', b'', wanted).decode()}")
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several workers may come at once
+        if not (folder / "installed").exists():
+            shutil.copy(package, folder)
+            command = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error"]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+            assert done.returncode == 0, done.stderr
+            (folder / "installed").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """One for the whole run; each test opens a window with a memory of its own."""
+    with chromium() as launched:
+        yield launched
+
+
+@pytest.fixture(scope="session")
+def axe(node_folder: Path) -> str:
+    return (node_folder / "node_modules/axe-core/axe.min.js").read_text()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import requests
 
-from abhiapi import accounts, passwords, runtime, users
+from abhiapi import accounts, keys, passwords, runtime, users
 from abhiapi.db import Tx
 from abhiapi.settings import Settings
 from abhiapi.users import User
@@ -130,3 +130,26 @@ def visiting(server: Server, user: User) -> Person:
     person = Person(server)
     assert person.get(f"/dashboard/demo/{token}").status_code == 303
     return person
+
+
+def invitation(server: Server, account: str, email: str) -> str:
+    """The path of a link that lets somebody choose a password."""
+
+    def op(tx: Tx) -> str:
+        owner = accounts.find(tx, account)
+        assert owner is not None
+        return users.invite(tx, email, account_id=owner.account_id, now_ms=server.books.clock())[0]
+
+    return f"/dashboard/invite/{server.books.write(op)}"
+
+
+def key_id_of(server: Server, person: Person) -> str:
+    """The id of the one key of a person's account."""
+    (found,) = set(re.findall(r"/dashboard/keys/(key_\d+)/revoke", person.get("/dashboard/keys").text))
+    return found
+
+
+def status_of_key(server: Server, key_id: str) -> str:
+    key = server.books.read(lambda tx: keys.find(tx, key_id))
+    assert key is not None
+    return key.status

@@ -13,7 +13,7 @@ from flask_limiter import Limiter
 
 from abhiapi import errors, settings
 from abhiapi.web import api
-from abhiapi.web.pages import assets, reference
+from abhiapi.web.pages import assets, reference, texts
 from tests.harness import ROOT
 
 API = (ROOT / "docs/api.md").read_text()
@@ -67,3 +67,24 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("name", texts.names())
+def test_what_customers_read_has_nothing_that_only_an_operator_can_do(name: str) -> None:
+    """Settings, commands and our tests are for docs/operations.md and docs/architecture.md."""
+    guide = (ROOT / f"docs/{name}.md").read_text()
+    assert (
+        re.findall(r"ABHIAPI_[A-Z_]+|`abhiapi [a-z]+|tests/\w+", re.sub(r"```.*?```", "", guide, flags=re.DOTALL)) == []
+    )
+    assert not re.findall(r"^ABHIAPI_", guide, re.MULTILINE)
+
+
+def test_a_row_of_a_table_stands_on_its_own_line() -> None:
+    """As many cells as the head has, in every table of what customers read: merges have joined rows before."""
+    for name in texts.names():
+        width = 0
+        for line in re.sub(r"```.*?```", "", (ROOT / f"docs/{name}.md").read_text(), flags=re.DOTALL).splitlines():
+            cells = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0
+            width = width or cells
+            assert cells in (0, width), (name, line)
+            width = cells

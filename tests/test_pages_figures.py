@@ -260,7 +260,7 @@ def test_one_call_shows_what_calls_show_shows(customer: Customer) -> None:
 @pytest.mark.parametrize(
     ("path", "weather", "said"),
     [
-        ("/fal-ai/flux/dev", "", "fal named the units: 1 megapixels, at $0.02625 for each"),
+        ("/fal-ai/flux/dev", "", "fal named the units: 1 megapixel, at $0.02625 for each"),
         ("/fal-ai/flux/dev", "units=0", "0 megapixels, so the call was free"),
         ("/fal-ai/flux/dev", "units=none", "fal named no units, so they were computed"),
         ("/fal-ai/flux/dev", "units=3", "52.5 credits more than was held"),
@@ -277,7 +277,7 @@ def test_a_charge_is_told_in_words(customer: Customer, path: str, weather: str, 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"usage_source": "events"}, "The units come from fal's bill: 1 megapixels"),
+        ({"usage_source": "events"}, "The units come from fal's bill: 1 megapixel"),
         ({"usage_source": "events", "adjusted_micros": 26_250}, "fal's bill of 2 megapixels came later and raised the"
          " charge by 26.25 credits"),
         ({"usage_source": "events", "adjusted_micros": -6_250}, "lowered the charge by 6.25 credits"),

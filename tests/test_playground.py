@@ -16,6 +16,7 @@ from abhiapi import accounts, gateway, keys, playground
 from abhiapi.admission import Request
 from abhiapi.db import Database, Tx
 from abhiapi.errors import InvalidKey, KeyDisabled, KeyRevoked, Refused
+from abhiapi.ids import key_text
 from abhiapi.web.pages import answers
 from abhiapi.web.pages.samples import samples
 from tests.harness import Clock, Fal, Server
@@ -114,6 +115,22 @@ def test_a_stopped_key_stays_stopped_and_a_revoked_one_is_replaced_when_asked(da
     assert database.write(lambda tx: playground.renewed(tx, account_id, now_ms=clock())) == second
     caller = database.read(lambda tx: keys.authenticate_inside(tx, account_id, now_ms=clock()))
     assert caller.key_id == second.key_id
+
+
+def test_the_key_is_never_made_an_ordinary_one(server: Server, player: Player) -> None:
+    """Rotating would give away a key in its place: neither the library nor a page does it, and none offers to."""
+    player.run()
+    key = player.own_key()
+    with pytest.raises(Refused, match="the playground's own"):
+        server.books.write(lambda tx: keys.rotate(tx, key, grace_ms=0, now_ms=server.books.clock()))
+    path = f"/dashboard/keys/{key_text(key.key_id)}"
+    for told in (player.person.get(f"{path}/rotate"), player.person.post(f"{path}/rotate", {"grace": "0"})):
+        assert told.status_code == 409
+        assert "sk-fal-" not in told.text
+    listed = player.person.get("/dashboard/keys").text
+    assert f"{path}/rotate" not in listed
+    assert f"{path}/disable" in listed
+    assert player.own_key() == key
 
 
 def test_a_request_made_inside_reads_no_key_from_headers(house: House) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 import shutil
@@ -146,25 +145,6 @@ def site(tls_site: tuple[Server, TlsFront]) -> Iterator[Site]:
     assert not [call for call in calls if call.state not in ("settled", "released")]
     assert made.charges() == len([call for call in calls if call.charged_micros])
     assert server.books.verify().problems == []
-
-
-@pytest.fixture(scope="session")
-def node_folder(request: pytest.FixtureRequest) -> Path:
-    """A folder with the JavaScript client installed, kept between runs in pytest's own cache."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("Node.js is not installed: the JavaScript client is not tried")
-    wanted = (CLIENTS / "package.json").read_bytes()
-    assert request.config.cache is not None
-    folder = request.config.cache.mkdir(f"fal-ai-client-{re.sub(rb'[^0-9.]', b'', wanted).decode()}")
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several workers may come at once
-        if not (folder / "installed").exists():
-            shutil.copy(CLIENTS / "package.json", folder)
-            command = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error"]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
-            assert done.returncode == 0, done.stderr
-            (folder / "installed").touch()
-    return folder
 
 
 def ran(command: list[str], env: dict[str, str], cwd: Path = ROOT) -> str:
@@ -371,7 +351,7 @@ def test_the_docs_python_lines_work(site: Site, tmp_path: Path) -> None:
 
 def test_the_docs_python_lines_for_a_first_try_work_over_plain_http(site: Site) -> None:
     """`make run` has no TLS, and the client knows nothing else."""
-    (script,) = snippet("python", "Python, to try it here")
+    (script,) = snippet("python", "Python, over plain http")
     env = site.env() | {"FAL_RUN_HOST": "fal.run", "FAL_QUEUE_RUN_HOST": "queue.fal.run"}
     assert "26.25" in ran([sys.executable, "-c", script.replace("http://127.0.0.1:8000", site.server.url)], env)
     assert site.charges() == 1

@@ -25,10 +25,10 @@ from abhiapi.web.pages import price_table, texts
 from tests import page_text
 from tests.harness import OPERATOR_KEY, ROOT, Books, Server, environment
 from tests.page_text import Said
-from tests.test_queue_clients import Site, node_folder, ran, site, tls_site
+from tests.test_queue_clients import Site, ran, site, tls_site
 from tests.test_quickstart import COMMANDS, pasted
 
-__all__ = ["node_folder", "site", "tls_site"]  # fixtures
+__all__ = ["site", "tls_site"]  # fixtures
 
 SEED = (ROOT / "tests/data/api-reference.txt").read_text().splitlines()
 SEED_HOST = "https://fal.abhibots.com"
@@ -252,12 +252,25 @@ def test_every_link_and_every_anchor_leads_somewhere(shared_server: Server, path
             assert (parts.scheme, parts.netloc) == ("https", "fal.ai"), link
             assert link not in said.loaded
             continue
-        if parts.path == "/dashboard":  # another blueprint's
+        if parts.path.startswith("/dashboard"):  # another blueprint's
             continue
         answer = requests.get(f"{shared_server.url}{parts.path}?{parts.query}", timeout=30)
         assert answer.status_code == 200, link
         if parts.fragment:
             assert parts.fragment in page_text.read(answer.text).ids, link
+
+
+@pytest.mark.parametrize("path", ["/docs/nothing", "/docs/no/such", "/docs/operations"])
+def test_a_wrong_turn_is_a_page_for_people_and_an_error_for_programs(shared_server: Server, path: str) -> None:
+    """By what is asked for: browsers name HTML, and the page leads on; others get the JSON of every error."""
+    browsers = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
+    told = requests.get(shared_server.url + path, headers=browsers, timeout=30)
+    assert (told.status_code, told.headers["Content-Type"]) == (404, "text/html; charset=utf-8")
+    assert "/docs/clients" in page_text.read(told.text).links
+    assert "default-src 'none'" in told.headers["Content-Security-Policy"]
+    for accept in ("*/*", "application/json", "application/json, text/html"):
+        answer = requests.get(shared_server.url + path, headers={"Accept": accept}, timeout=30)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (404, "unknown_route")
 
 
 @pytest.mark.parametrize("path", ["/docs/nothing", "/docs/../api", "/docs/api.md", "/docs/operations", "/docs/%2e%2e"])
@@ -319,7 +332,7 @@ def test_browsers_that_came_by_tls_are_told_to_stay_there(app: Callable[..., Fla
 
 
 def test_files_may_be_kept_as_long_as_they_are_the_same(shared_server: Server) -> None:
-    (named,) = [link for link in page(shared_server).loaded if ".css" in link]
+    (named,) = [link for link in page(shared_server).loaded if "reference.css" in link]
     assert "immutable" in requests.get(shared_server.url + named, timeout=30).headers["Cache-Control"]
     for other in ("/static/reference.css", "/static/reference.css?v=old"):
         assert requests.get(shared_server.url + other, timeout=30).headers["Cache-Control"] == "no-cache"

@@ -17,14 +17,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from tests import raw_http
 from tests.harness import ROOT, Books, Fal, Process, Server, environment, free_port, until
 from tests.raw_http import Received
-from tests.test_queue_clients import CHARGE, CLIENTS, Site, is_paid, node_folder, ran, site, tls_site
+from tests.test_queue_clients import CHARGE, CLIENTS, Site, is_paid, ran, site, tls_site
 
-__all__ = ["node_folder", "site", "tls_site"]  # fixtures
+__all__ = ["site", "tls_site"]  # fixtures
 
 REQUEST_ID = re.compile(r"[0-9a-f-]{36}")
 
@@ -158,18 +158,6 @@ def pages(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pages]
         with Server.started(tmp_path_factory.mktemp("open"), fal.url, ABHIAPI_CORS_ORIGINS=origin) as server:
             yield Pages(folder, web.server_port, server)
         web.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Debian's Chromium, without a window. A machine without it fails here."""
-    found = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
-    assert found, "no chromium on this machine: install it (Debian: apt-get install chromium), as .ci/run does"
-    with sync_playwright() as playwright:
-        # Without a sandbox of its own, which needs rights that containers do not have; it only sees our own pages.
-        launched = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @pytest.fixture

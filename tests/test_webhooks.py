@@ -23,10 +23,8 @@ from tests.command_line import CommandLine
 from tests.harness import ROOT, Books, Fal, Server, environment, free_port, until
 from tests.receiver import Delivery, Receiver, is_signed
 from tests.test_queue import CAT, FLUX_MICROS, MODEL, Jobs, at_once
-from tests.test_queue_clients import CLIENTS, TlsFront, node_folder, ran
+from tests.test_queue_clients import CLIENTS, TlsFront, ran
 from tests.test_queue_settlement import ended
-
-__all__ = ["node_folder"]  # a fixture
 
 SETTINGS = {"ABHIAPI_WEBHOOK_ALLOW_LOOPBACK": "1", "ABHIAPI_RECONCILE_INTERVAL_S": "1"}
 

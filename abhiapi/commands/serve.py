@@ -17,7 +17,7 @@ DEFAULT_BIND, DEFAULT_SANDBOX_BIND = "127.0.0.1:8000", "127.0.0.1:8001"
 @click.option(
     "--demo",
     is_flag=True,
-    help="With --sandbox: an account with 5,000 credits, a link that signs in, and a line to paste.",
+    help="With --sandbox: an account with 5,000 credits, a page that signs in to it, and a line to paste.",
 )
 @click.option("--bind", default=DEFAULT_BIND, show_default=True, metavar="HOST:PORT", help="Where to listen.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 64), help="Number of processes.")
@@ -52,7 +52,12 @@ def serve(with_sandbox: bool, demo: bool, bind: str, workers: int) -> None:
     if demo:
         base_url = settings.public_url or f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         key, link = serving.demo_key(settings), serving.demo_link(settings)
-        os.environ["ABHIAPI_BANNER"] = serving.demo_banner(base_url, key, link, settings.shown_database_url)
+        is_offered = serving.may_offer_demo(settings, host)
+        if is_offered:
+            os.environ["ABHIAPI_DEMO_LINK"] = link
+        os.environ["ABHIAPI_BANNER"] = serving.demo_banner(
+            base_url, key, link, settings.shown_database_url, is_offered=is_offered
+        )
     arguments = ["-c", "python:abhiapi.gunicorn_config", "-b", bind, "-w", str(workers), "abhiapi.wsgi:app"]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "gunicorn", *arguments])

@@ -102,6 +102,9 @@ def _http_error_reply(error: HTTPException) -> Response:
     if pages.is_page(request.path):
         return pages.error_page(current_app, error)
     if code == 404:
+        page = reference.missing()
+        if page is not None:
+            return page
         return _error_reply(UnknownRoute("no such route here: models are called at /{any-fal-path}, see /docs"))
     if code == 405:
         allowed = ", ".join(sorted(getattr(error, "valid_methods", None) or ()))

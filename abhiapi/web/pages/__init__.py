@@ -16,6 +16,7 @@ from abhiapi.web.pages import (
     account,
     assets,
     calls,
+    headers,
     jobs,
     keys,
     ledger,
@@ -57,4 +58,4 @@ def error_page(app: Any, error: Exception) -> Response:
     """An error that happened before any page was found, or on none."""
     desk: Desk = app.extensions["abhiapi-desk"]
     desk.recognise()
-    return safety.secured(desk.error_page(error))
+    return headers.private(desk.error_page(error))

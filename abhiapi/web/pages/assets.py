@@ -42,7 +42,7 @@ class Assets:
         routes = Blueprint("assets", __name__)
         for name, found in self._assets.items():
             routes.add_url_rule(f"/static/{name}", name.replace(".", "-"), _view(found))
-        routes.after_request(headers.finish)
+        routes.after_request(headers.public)
         return routes
 
 

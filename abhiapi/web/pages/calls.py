@@ -33,8 +33,8 @@ class Whole:
 
 
 def add_to(desk: Desk) -> None:
-    desk.add(Role.CUSTOMER, "/calls", list_calls)
-    desk.add(Role.CUSTOMER, "/calls/<call_id>", show_call)
+    desk.add(Role.CUSTOMER, "/calls", list_calls, under="Usage")
+    desk.add(Role.CUSTOMER, "/calls/<call_id>", show_call, under="Usage")
 
 
 def list_calls() -> Reply:

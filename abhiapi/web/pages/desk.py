@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flask import Blueprint, Flask, Response, flash, g, make_response, redirect, render_template, request, url_for
-from flask_limiter import Limiter
+from flask_limiter import Limiter, RequestLimit
 from flask_login import current_user
 from flask_wtf.csrf import CSRFError, CSRFProtect
 from werkzeug.exceptions import HTTPException
@@ -25,7 +25,7 @@ from werkzeug.wrappers import Response as WerkzeugResponse
 
 from abhiapi.errors import STATUS_NAMES, AbhiError, AccountSuspended, NotFound
 from abhiapi.web.caller import runtime
-from abhiapi.web.pages import safety
+from abhiapi.web.pages import headers
 from abhiapi.web.pages.who import Visitor
 
 Reply = str | WerkzeugResponse
@@ -46,7 +46,6 @@ class NavEntry:
     endpoint: str
     label: str
     role: Role
-    group: str  # the module whose pages it stands for
 
 
 class Desk:
@@ -57,11 +56,12 @@ class Desk:
         self.limiter = limiter
         self.roles: dict[str, Role] = {}
         self.nav: list[NavEntry] = []
-        self._groups: dict[str, str] = {}
+        self._under: dict[str, str] = {}  # endpoint: the label of the entry that its page stands under
+        self._first: dict[str, str] = {}  # module: the label of its first entry
         self._csrf = CSRFProtect()
         self._csrf.init_app(app)
         self.blueprint.before_request(self._let_in)
-        self.blueprint.after_request(safety.secured)
+        self.blueprint.after_request(headers.private)
         self.blueprint.app_context_processor(self._context)  # also for what is found by no route
         for expected in (AbhiError, HTTPException):
             self.blueprint.register_error_handler(expected, self.error_page)
@@ -75,21 +75,26 @@ class Desk:
         methods: Sequence[str] = ("GET",),
         nav: str | None = None,
         nav_for: Role | None = None,
+        under: str | None = None,
         limits: Sequence[tuple[str, Callable[[], str]]] = (),
+        on_breach: Callable[[RequestLimit], None] | None = None,
     ) -> None:
         """A page or an action: its path under /dashboard, who may, and its entry in the navigation if it has one.
 
         ``nav_for``: who sees that entry, where not everybody who may.
-        ``limits``: how often its POST may be asked for, and by what that is counted.
+        ``under``: the entry that a page without one stands under; else the first of its module.
+        ``limits``: how often its POST may be asked for, and by what that is counted; ``on_breach`` hears of too many.
         """
-        group = view.__module__.rpartition(".")[2]
-        endpoint = f"{group}_{view.__name__}"
+        module = view.__module__.rpartition(".")[2]
+        endpoint = f"{module}_{view.__name__}"
         self.roles[f"pages.{endpoint}"] = role
-        self._groups[f"pages.{endpoint}"] = group
         if nav is not None:
-            self.nav.append(NavEntry(f"pages.{endpoint}", nav, nav_for or role, group))
+            self.nav.append(NavEntry(f"pages.{endpoint}", nav, nav_for or role))
+            self._first.setdefault(module, nav)
+        self._under[f"pages.{endpoint}"] = nav or under or self._first.get(module, "")
         for limit, counted_by in limits:
-            view = self.limiter.limit(limit, key_func=counted_by, methods=["POST"])(view)
+            counted = self.limiter.limit(limit, key_func=counted_by, methods=["POST"], on_breach=on_breach)
+            view = counted(view)
         self.blueprint.add_url_rule(rule, endpoint, view, methods=list(methods))
 
     def _let_in(self) -> WerkzeugResponse | None:
@@ -111,7 +116,7 @@ class Desk:
         return {
             "visitor": seen,
             "nav": shown,
-            "nav_group": self._groups.get(request.endpoint or ""),
+            "nav_under": self._under.get(request.endpoint or ""),
             "open_signup": runtime().settings.open_signup,
         }
 

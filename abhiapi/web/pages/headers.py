@@ -1,4 +1,8 @@
-"""What every page of ours says to a browser: what it may load, and that nobody may frame it. Compresses, too."""
+"""What every page of ours says to a browser: what it may load, that nobody may frame it, and whether it may be kept.
+
+`private` is for the dashboard's pages, which are kept nowhere; `public` for the reference and the static files, which
+are alike for everybody: compressed, and not sent again while they are the same.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +11,21 @@ import gzip
 from flask import Response, request
 
 # Only our own files, and no text of a page is ever run as a script or taken as a style.
-POLICY = "; ".join(
-    (
-        "default-src 'none'",
-        "script-src 'self'",
-        "style-src 'self'",
-        "img-src 'self'",
-        "connect-src 'self'",
-        "form-action 'self'",
-        "base-uri 'none'",
-        "frame-ancestors 'none'",
-    )
-)
-HEADERS = {
-    "Content-Security-Policy": POLICY,
+_POLICY = {
+    "default-src": "'none'",
+    "script-src": "'self'",
+    "style-src": "'self'",
+    "img-src": "'self'",
+    "media-src": "'self'",
+    "connect-src": "'self'",
+    "form-action": "'self'",
+    "base-uri": "'none'",
+    "frame-ancestors": "'none'",
+}
+_HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
-    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
-    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
@@ -31,11 +33,32 @@ SMALL_BYTES = 1024  # not worth compressing
 GZIP_LEVEL = 6
 
 
-def finish(response: Response) -> Response:
-    """Put the headers on a page, and compress it for those who take gzip."""
-    response.headers.extend(HEADERS)
-    if request.is_secure:
-        response.headers["Strict-Transport-Security"] = "max-age=31536000"
+def policy(**others: str) -> str:
+    """The Content-Security-Policy, with other sources for some of it: ``policy(style_src="'sha256-...'")``."""
+    given = {name.replace("_", "-"): sources for name, sources in others.items()}
+    return "; ".join(f"{name} {sources}" for name, sources in (_POLICY | given).items())
+
+
+def allow_pictures_from(response: Response, sources: str) -> Response:
+    """Let one page show pictures and films of these sources, such as ``https:``."""
+    both = f"'self' {sources}"
+    response.headers["Content-Security-Policy"] = policy(img_src=both, media_src=both)
+    return response
+
+
+def private(response: Response) -> Response:
+    """A page of the dashboard, with figures or a key. Never compressed: a token stands beside what was typed."""
+    _secure(response)
+    # Its forms are told by it from forms of others, where the connection is TLS (Flask-WTF).
+    response.headers.setdefault("Referrer-Policy", "same-origin")
+    response.headers.setdefault("Cache-Control", "no-store")
+    return response
+
+
+def public(response: Response) -> Response:
+    """A page that is alike for all who ask, compressed for those who take gzip."""
+    _secure(response)
+    response.headers.setdefault("Referrer-Policy", "no-referrer")
     response.headers.setdefault("Cache-Control", "no-cache")  # a page names the host it was asked by
     response.vary.add("Accept-Encoding")
     if response.status_code == 200 and request.accept_encodings["gzip"] > 0:
@@ -46,3 +69,11 @@ def finish(response: Response) -> Response:
     response.add_etag()  # the same page again is a 304
     response.make_conditional(request)
     return response
+
+
+def _secure(response: Response) -> None:
+    response.headers.setdefault("Content-Security-Policy", policy())
+    for name, value in _HEADERS.items():
+        response.headers.setdefault(name, value)
+    if request.is_secure:
+        response.headers.setdefault("Strict-Transport-Security", "max-age=31536000")

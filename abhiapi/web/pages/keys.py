@@ -87,6 +87,8 @@ def rotate_key(key_id: str) -> Reply:
     key = rt.reader.read(lambda tx: _own(tx, account_id, key_id))
     if request.method == "GET":
         _must_be(key.status_at(rt.now_ms()), ("active",), key)
+        if rt.reader.read(lambda tx: keys.playground_key_id(tx, account_id)) == key.key_id:
+            raise Refused("The playground's key is this dashboard's own: revoke it, and the playground gets a new one.")
         return render("key_rotate.html", row=key, graces=GRACES_H)
     grace = request.form.get("grace", "")
     if grace not in GRACES_H:
@@ -122,11 +124,13 @@ def change_key(key_id: str, change: str) -> Reply:
 def _page(*, problem: str | None = None) -> Reply:
     who, rt = visitor(), runtime()
     now = rt.now_ms()
-    rows = rt.read_aside(lambda tx: _rows(tx, who.account_id, now))
+    account_id = who.account_id
+    rows, own = rt.read_aside(lambda tx: (_rows(tx, account_id, now), keys.playground_key_id(tx, account_id)))
     return render(
         "keys.html",
         status=422 if problem else 200,
         rows=rows,
+        playground_key_id=own,
         problem=problem,
         plan=rt.limits.plans[who.account.plan],
         spent_days=SPENT_DAYS,

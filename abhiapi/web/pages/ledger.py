@@ -20,7 +20,7 @@ from abhiapi.money import Micros
 from abhiapi.runtime import Runtime
 from abhiapi.statements import Line, Statement
 from abhiapi.web.caller import runtime
-from abhiapi.web.pages import filters, safety
+from abhiapi.web.pages import filters, headers
 from abhiapi.web.pages.desk import Desk, Reply, Role, render, visitor
 
 LINES = 100  # of a page
@@ -35,18 +35,20 @@ def add_to(desk: Desk) -> None:
 
 
 def show() -> Reply:
-    """A month, newest entries first, a hundred at a time."""
+    """A month, newest entries first, a hundred at a time: a page by its number, or by an entry that is on it."""
     who, month = visitor(), _month()
-    number = _page_number()
+    page, entry = _number("page"), _number("entry")
 
-    def read(tx: Tx) -> tuple[Statement, list[Line], int | None]:
+    def read(tx: Tx) -> tuple[Statement, list[Line], int | None, int]:
         found = lookups.month(tx, who.account_id, who.account.name, month)
+        is_in = entry is not None and found.first_seq <= entry <= found.last_seq
+        number = (found.last_seq - entry) // LINES + 1 if entry is not None and is_in else page or 1
         last = found.last_seq - (number - 1) * LINES
         first = max(found.first_seq, last - LINES + 1)
         lines = list(lookups.lines(tx, found, first, last)) if last >= first else []
-        return found, lines[::-1], lookups.first_entry_at(tx, who.account_id)
+        return found, lines[::-1], lookups.first_entry_at(tx, who.account_id), number
 
-    statement, lines, began_at = runtime().read_aside(read)
+    statement, lines, began_at, number = runtime().read_aside(read)
     months = _months(began_at)
     opens = parse_month(month)
     return render(
@@ -73,9 +75,7 @@ def download() -> Reply:
 def printable() -> Reply:
     """The whole month as a page to print. Its own style is let through by its digest, and no other."""
     response = _whole(_page_to_print, "text/html; charset=utf-8")
-    response.headers["Content-Security-Policy"] = safety.policy().replace(
-        "style-src 'self'", f"style-src '{_style_digest()}'"
-    )
+    response.headers["Content-Security-Policy"] = headers.policy(style_src=f"'{_style_digest()}'")
     return response
 
 
@@ -119,10 +119,13 @@ def _month() -> str:
     return text
 
 
-def _page_number() -> int:
-    text = request.args.get("page", "1")
+def _number(name: str) -> int | None:
+    """A number of the address, None where it has none. Raises `BadRequest`."""
+    text = request.args.get(name)
+    if text is None:
+        return None
     if not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text) >= 1):
-        raise BadRequest("page is a number from 1 on.")
+        raise BadRequest(f"{name} is a number from 1 on.")
     return int(text)
 
 

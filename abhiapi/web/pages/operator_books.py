@@ -54,9 +54,8 @@ class Attention:
 def add_to(desk: Desk) -> None:
     desk.add(Role.OPERATOR, "/operator/revenue", revenue, nav="Revenue")
     desk.add(Role.OPERATOR, "/operator/holds", list_holds, nav="Open holds")
-    desk.add(
-        Role.OPERATOR, "/operator/holds/<call_id>/<any(settle, release):change>", end_hold, methods=("GET", "POST")
-    )
+    one = "/operator/holds/<call_id>/<any(settle, release):change>"
+    desk.add(Role.OPERATOR, one, end_hold, methods=("GET", "POST"), under="Open holds")
     desk.add(Role.OPERATOR, "/operator/attention", attention, nav="Attention")
 
 

@@ -24,7 +24,7 @@ from abhiapi.admission import Request
 from abhiapi.errors import AbhiError, BadRequest, MalformedJson
 from abhiapi.price_terms import Price
 from abhiapi.web.caller import base_url, runtime
-from abhiapi.web.pages import answers, safety, words
+from abhiapi.web.pages import answers, headers, words
 from abhiapi.web.pages.answers import Media
 from abhiapi.web.pages.desk import Desk, Reply, Role, go, must_not_be_suspended, render, visitor
 from abhiapi.web.pages.samples import Sample, body_text, samples
@@ -203,7 +203,7 @@ def _page(
         key_status=key.status_at(rt.now_ms()) if key else None,
         run=secrets.token_urlsafe(12),
     )
-    return safety.allow_pictures_from(response, answers.picture_sources(rt.settings.fal_run_url))
+    return headers.allow_pictures_from(response, answers.picture_sources(rt.settings.fal_run_url))
 
 
 def _similar(text: str, models: list[str]) -> list[str]:
@@ -213,7 +213,7 @@ def _similar(text: str, models: list[str]) -> list[str]:
 
 
 def _result(answer: Answer, fal_run_url: str) -> Result:
-    headers = {name.lower(): value for name, value in answer.headers}
+    named = {name.lower(): value for name, value in answer.headers}
     content, message = _read(answer)
     parsed = jsonbytes.parse_object(content)
     billing = parsed.get("_billing") if parsed else None
@@ -226,8 +226,8 @@ def _result(answer: Answer, fal_run_url: str) -> Result:
         status=answer.status,
         message=message,
         error_type=str(error.get("type")) if isinstance(error, Mapping) else None,
-        call_id=headers.get("x-abhiapi-call-id"),
-        was_replayed="idempotency-replayed" in headers,
+        call_id=named.get("x-abhiapi-call-id"),
+        was_replayed="idempotency-replayed" in named,
         billing=billing if isinstance(billing, Mapping) else None,
         media=answers.media(parsed, fal_run_url) if answer.status < 400 else [],
         texts=answers.texts(parsed) if answer.status < 400 else [],

@@ -9,14 +9,14 @@ import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from flask import Blueprint, Response, jsonify, render_template, request
+from flask import Blueprint, Response, jsonify, make_response, render_template, request
 from markupsafe import Markup
+from werkzeug.exceptions import NotFound
 
 from abhiapi import __version__
-from abhiapi.errors import UnknownRoute
 from abhiapi.web import proxy
 from abhiapi.web.caller import runtime
-from abhiapi.web.pages import headers, openapi, price_table, texts
+from abhiapi.web.pages import demo, headers, openapi, price_table, texts
 
 IMAGE, VIDEO = "fal-ai/flux/dev", "fal-ai/kling-video/v2/master/text-to-video"
 QUICK_START = (
@@ -70,7 +70,7 @@ def blueprint() -> Blueprint:
     routes.get("/docs", strict_slashes=False)(index)
     routes.get("/docs/<page>")(guide)
     routes.get("/openapi.json")(description)
-    routes.after_request(headers.finish)
+    routes.after_request(_finished)
     return routes
 
 
@@ -95,10 +95,19 @@ def index() -> str:
 
 
 def guide(page: str) -> str:
-    """One of the texts of docs/."""
+    """One of the texts of docs/. Raises werkzeug's `NotFound`."""
     if page not in texts.names():
-        raise UnknownRoute("no such page here: /docs lists them")
+        raise NotFound  # handled as any path without a route is: see `missing`
     return render_template("reference/guide.html", **_frame(), text=texts.text(page))
+
+
+def missing() -> Response | None:
+    """What whoever took a wrong turn under /docs reads, if it is a person: programs get the error's JSON."""
+    if not request.path.startswith("/docs/"):
+        return None
+    if request.accept_mimetypes.best_match(["application/json", "text/html"]) != "text/html":
+        return None
+    return _finished(make_response(render_template("reference/missing.html", **_frame()), 404))
 
 
 def description() -> Response:
@@ -106,10 +115,17 @@ def description() -> Response:
     return jsonify(openapi.description(_base_url()))
 
 
+def _finished(response: Response) -> Response:
+    if demo.link() is not None:
+        response.headers["Cache-Control"] = "no-store"
+    return headers.public(response)
+
+
 def _frame() -> dict[str, object]:
     """What every page of the reference shows around its text."""
     base_url = _base_url()
-    return {"base_url": base_url, "host": urlsplit(base_url).netloc, "guides": GUIDES, "version": __version__}
+    host = urlsplit(base_url).netloc
+    return {"base_url": base_url, "host": host, "guides": GUIDES, "version": __version__, "demo_link": demo.link()}
 
 
 def _base_url() -> str:

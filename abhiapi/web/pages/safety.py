@@ -1,4 +1,4 @@
-"""What keeps the pages safe: sessions in a signed cookie, security headers, and where a visitor may be sent to.
+"""Sessions in a signed cookie, and where a visitor may be sent to after signing in. Headers are `headers`'.
 
 The cookie is for /dashboard only: no call carries it, and a call would not look at it (`web.caller` reads keys).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from datetime import timedelta
 
-from flask import Flask, Response, request, session
+from flask import Flask, request, session
 from flask.sessions import SecureCookieSessionInterface
 from flask_login import LoginManager, login_user, logout_user
 
@@ -17,26 +17,6 @@ from abhiapi.web.pages import who
 
 COOKIE = "abhiapi_session"
 SESSION_DAYS = 14
-# Pictures come from this service too; a page that shows others' says so by `allow_pictures_from`.
-_POLICY = {
-    "default-src": "'none'",
-    "script-src": "'self'",
-    "style-src": "'self'",
-    "img-src": "'self'",
-    "media-src": "'self'",
-    "connect-src": "'self'",
-    "form-action": "'self'",
-    "base-uri": "'none'",
-    "frame-ancestors": "'none'",
-}
-_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Permissions-Policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
-}
 _OWN_PAGE = re.compile(r"/dashboard(?:/[A-Za-z0-9_-]+)*/?(?:\?[A-Za-z0-9_.~%=&+:,/-]*)?")
 
 
@@ -85,26 +65,3 @@ def page_or(text: str | None, otherwise: str) -> str:
     if text is None or len(text) > 500 or not _OWN_PAGE.fullmatch(text):
         return otherwise
     return text
-
-
-def secured(response: Response) -> Response:
-    """Headers of every page. A page is never kept: it may show figures, or a key."""
-    for name, value in _HEADERS.items():
-        response.headers.setdefault(name, value)
-    if "Content-Security-Policy" not in response.headers:
-        response.headers["Content-Security-Policy"] = policy()
-    response.headers.setdefault("Cache-Control", "no-store")
-    if request.is_secure:
-        response.headers.setdefault("Strict-Transport-Security", "max-age=31536000")
-    return response
-
-
-def allow_pictures_from(response: Response, sources: str) -> Response:
-    """Let one page show pictures and films of these sources, such as ``https:``."""
-    response.headers["Content-Security-Policy"] = policy(pictures=sources)
-    return response
-
-
-def policy(*, pictures: str = "") -> str:
-    extra = {"img-src": f"'self' {pictures}", "media-src": f"'self' {pictures}"} if pictures else {}
-    return "; ".join(f"{name} {value}" for name, value in (_POLICY | extra).items())

@@ -9,6 +9,7 @@ import hashlib
 import ipaddress
 
 from flask import current_app, redirect, request, url_for
+from flask_limiter import RequestLimit
 
 from abhiapi import passwords, users
 from abhiapi.db import Tx
@@ -28,7 +29,7 @@ def add_to(desk: Desk) -> None:
     hasher = passwords.Passwords()
     current.record_once(lambda state: state.app.extensions.setdefault("abhiapi-passwords", hasher))
     both = ((PER_ADDRESS, address), (PER_EMAIL, email_given))
-    desk.add(Role.ANYBODY, "/sign-in", sign_in, methods=("GET", "POST"), limits=both)
+    desk.add(Role.ANYBODY, "/sign-in", sign_in, methods=("GET", "POST"), limits=both, on_breach=_throttled)
     desk.add(Role.ANYBODY, "/sign-up", sign_up, methods=("GET", "POST"), limits=both)
     desk.add(Role.ANYBODY, "/invite/<token>", accept, methods=("GET", "POST"), limits=((PER_ADDRESS, address),))
     desk.add(Role.ANYBODY, "/demo/<token>", enter_demo)
@@ -56,10 +57,16 @@ def sign_in() -> Reply:
         return render("sign_in.html", email="", problem=None)
     text = request.form.get("email", "")
     user = _known(text, request.form.get("password", ""))
+    counted = runtime().metrics.sign_ins
+    counted["failed" if user is None else "done"].inc()
     if user is None:
         return render("sign_in.html", status=401, email=text[:254], problem=WRONG)
     _begin(user)
     return redirect(safety.page_or(wanted, url_for("pages.overview_overview")), 303)
+
+
+def _throttled(_: RequestLimit) -> None:
+    runtime().metrics.sign_ins["throttled"].inc()
 
 
 def sign_out() -> Reply:

@@ -11,7 +11,7 @@ from decimal import Decimal, InvalidOperation
 from abhiapi import money
 from abhiapi.errors import BadAmount
 from abhiapi.reports import CallRow
-from abhiapi.web.pages.words import credits, usd
+from abhiapi.web.pages.words import amount, credits, usd
 
 _STANDS = {
     "held": "The call is running. Its hold ends with it: as a charge, or given back.",
@@ -51,7 +51,7 @@ def _sentences(row: CallRow, unit: str, billed_units: str | None) -> Iterator[st
     yield from _beside_the_hold(row)
     if row.adjusted_micros:
         moved = "raised" if row.adjusted_micros > 0 else "lowered"
-        told = f" of {billed_units} {unit}" if billed_units else ""
+        told = f" of {amount(billed_units, unit)}" if billed_units else ""
         yield f"fal's bill{told} came later and {moved} the charge by {credits(abs(row.adjusted_micros))} credits."
     if row.refunded_micros:
         yield f"{credits(row.refunded_micros)} credits were refunded."
@@ -73,10 +73,11 @@ def _units(row: CallRow, unit: str) -> str:
         return f"{source}; {credits(row.charged_micros)} credits were charged."
     micros, exact = product
     if micros == 0:
-        return f"{source}: {row.units} {unit}, so the call was free."
+        return f"{source}: {amount(row.units or '0', unit)}, so the call was free."
     rounded = "" if exact == money.usd(micros) else ", rounded up to a millionth of a dollar"
     price = f"${row.unit_price_usd} for each, the price when the call began"
-    return f"{source}: {row.units} {unit}, at {price}: {usd(micros)}{rounded}, which is {credits(micros)} credits."
+    used = amount(row.units or "0", unit)
+    return f"{source}: {used}, at {price}: {usd(micros)}{rounded}, which is {credits(micros)} credits."
 
 
 def _product(row: CallRow) -> tuple[int, Decimal] | None:

@@ -30,6 +30,13 @@ def nano_usd(nanos: int) -> str:
     return f"{'-' if nanos < 0 else ''}${whole}.{fraction.ljust(2, '0')}"
 
 
+def amount(number: str, unit: str) -> str:
+    """So many of a unit that fal names in the plural: ``1 megapixel``, ``2.5 seconds``, ``3 x 1000 tokens``."""
+    if unit[:1].isdigit():
+        return f"{number} x {unit}"
+    return f"{number} {unit.removesuffix('s') if number == '1' else unit}"
+
+
 def count(number: int) -> str:
     return f"{number:,}"
 
@@ -43,6 +50,11 @@ def when(at_ms: int | None, otherwise: str = "never") -> Markup:
     return Markup('<time datetime="{}" title="{}">{}</time>').format(exact, exact, shown)
 
 
+def month(at_ms: int) -> str:
+    """The month of a time, as the statement is asked for: ``2026-11``."""
+    return datetime.fromtimestamp(at_ms // 1000, UTC).strftime("%Y-%m")
+
+
 def _grouped(text: str) -> str:
     sign = "-" if text.startswith("-") else ""
     whole, point, fraction = text.lstrip("-").partition(".")
@@ -53,8 +65,10 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "credits": credits,
     "usd": usd,
     "nano_usd": nano_usd,
+    "amount": amount,
     "count": count,
     "when": when,
+    "month": month,
     "call_id": ids.call_text,
     "key_id": ids.key_text,
 }

@@ -2,12 +2,9 @@
 "use strict";
 
 for (const button of document.querySelectorAll("button[data-copy]")) {
-  if (!navigator.clipboard) continue; // only where the connection is secure, or this machine
   button.hidden = false;
-  const label = button.textContent;
-  button.addEventListener("click", async () => {
-    await navigator.clipboard.writeText(document.getElementById(button.dataset.copy).textContent);
-    button.textContent = "Copied";
-    setTimeout(() => { button.textContent = label; }, 2000);
-  });
+  copies(button, () => document.getElementById(button.dataset.copy).textContent);
 }
+
+// On a phone the navigation is wider than the window: what is open is in sight.
+document.querySelector(".nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });

@@ -4,37 +4,12 @@
 
 const statusLine = document.getElementById("status");
 
-async function copy(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    return true;
-  } catch {
-    // Pages that come by plain http have no clipboard.
-    const area = document.createElement("textarea");
-    area.value = text;
-    area.className = "hidden";
-    document.body.append(area);
-    area.select();
-    const done = document.execCommand("copy");
-    area.remove();
-    return done;
-  }
-}
-
 for (const figure of document.querySelectorAll("figure.code")) {
   const button = document.createElement("button");
   button.type = "button";
   button.textContent = "Copy";
-  button.addEventListener("click", async () => {
-    const done = await copy(figure.querySelector("code").textContent.replace(/\n$/, ""));
-    button.textContent = done ? "Copied" : "Select and copy";
-    statusLine.textContent = done ? "Copied to the clipboard" : "The browser does not allow copying";
-    button.focus();
-    setTimeout(() => {
-      button.textContent = "Copy";
-      statusLine.textContent = "";
-    }, 2000);
-  });
+  const told = (text) => (statusLine.textContent = text);
+  copies(button, () => figure.querySelector("code").textContent.replace(/\n$/, ""), told);
   figure.querySelector("figcaption").append(button);
 }
 
