@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
@@ -33,6 +34,7 @@ WAITING_MAX = 20_000  # lines; more are dropped, and counted: nobody reads as fa
 _log = logging.getLogger("abhiapi")
 _CALL_ID = re.compile(r"\bcall_[0-9a-z]{13}\b")
 _CONTROL = {code: repr(chr(code))[1:-1] for code in (*range(32), 127)}
+_JSON = json.JSONEncoder(default=str)  # made once: making it costs more than using it
 _NAMES = {logging.CRITICAL: "critical", logging.ERROR: "error", logging.WARNING: "warning", logging.INFO: "info"}
 
 
@@ -49,6 +51,13 @@ class InCall:
 in_call: ContextVar[InCall | None] = ContextVar("abhiapi_in_call", default=None)
 
 
+def tell(log: logging.Logger, message: str, fields: dict[str, Any]) -> None:
+    """A line at level `info` with figures of its own. Where it was logged is not looked up, which would cost as much as
+    all the rest."""
+    record = log.makeRecord(log.name, logging.INFO, "", 0, message, (), None, extra={"fields": fields})
+    log.handle(record)
+
+
 class JsonLines(logging.Formatter):
     """One object a line: when, how bad, what, and of which call."""
 
@@ -59,17 +68,19 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        fields = getattr(record, "fields", None)
         of = in_call.get()
-        if of is not None:
+        if fields is not None:
+            shape.update(fields)
+        elif of is not None:
             shape["call_id"] = call_text(of.call_id)
             if of.account:
                 shape["account"], shape["key_id"] = of.account, key_text(of.key_id)
         elif found := _CALL_ID.search(shape["message"]):
             shape["call_id"] = found[0]
-        shape.update(getattr(record, "fields", {}))
         if record.exc_info:
             shape["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(shape, default=str)
+        return _JSON.encode(shape)
 
 
 class TextLines(logging.Formatter):
@@ -78,12 +89,19 @@ class TextLines(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        return _iso(record.created)
+
     def formatMessage(self, record: logging.LogRecord) -> str:
         of = in_call.get()
-        if of is not None and not hasattr(record, "fields"):
+        fields = getattr(record, "fields", None)
+        if fields is not None:
+            record.message = " ".join((record.message, *(f"{name}={value}" for name, value in fields.items())))
+        elif of is not None:
             whose = f" ({call_text(of.call_id)}, {of.account}, {key_text(of.key_id)})" if of.account else ""
             record.message += whose or f" ({call_text(of.call_id)})"
-        record.message = record.message.translate(_CONTROL)
+        if not record.message.isprintable():
+            record.message = record.message.translate(_CONTROL)
         return super().formatMessage(record)
 
 
@@ -168,9 +186,13 @@ def take_stray_tracebacks() -> None:
 
 
 def _iso(at_s: float) -> str:
-    milliseconds = int(at_s * 1000)
-    seconds = time.gmtime(milliseconds // 1000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', seconds)}.{milliseconds % 1000:03d}Z"
+    second, milliseconds = divmod(int(at_s * 1000), 1000)
+    return f"{_second_text(second)}.{milliseconds:03d}Z"
+
+
+@lru_cache(maxsize=2)
+def _second_text(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 def _write(fd: int, block: bytes) -> None:

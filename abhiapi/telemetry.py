@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from time import monotonic
+from typing import Any
 
 from abhiapi import logs
 from abhiapi.calls import OpenCall
@@ -101,9 +102,7 @@ def refused(rt: Runtime, error: AbhiError) -> None:
         return
     of.is_told = True
     if rt.log_calls and log.isEnabledFor(logging.INFO):
-        fields = {"status": error.status, "outcome": "refused", "type": error.type}
-        log.info("%s %s refused %d %s", call_text(of.call_id), of.account or "-", error.status, error.type,
-                 extra={"fields": fields})  # fmt: skip
+        logs.tell(log, "call", _whose(of) | {"outcome": "refused", "status": error.status, "type": error.type})
 
 
 def _write_line(
@@ -117,20 +116,23 @@ def _write_line(
     fal_s: float,
     added_s: float,
 ) -> None:
-    fal_ms, added_ms, charged = round(fal_s * 1000, 1), round(added_s * 1000, 2), credits_text(charge_micros)
-    fields = {
-        "model": model, "mode": mode, "status": status, "outcome": end, "credits": charged,
-        "fal_ms": fal_ms, "added_ms": added_ms,
+    fields = {} if of is None else _whose(of)
+    fields |= {
+        "model": model, "mode": mode, "outcome": end, "status": status, "credits": credits_text(charge_micros),
+        "fal_ms": round(fal_s * 1000, 1), "added_ms": round(added_s * 1000, 2),
     }  # fmt: skip
     if reason is not None:
         fields["reason"] = reason
-    if of is not None:
-        fields |= {"call_id": call_text(of.call_id), "key_id": key_text(of.key_id)}
-    log.info(
-        "%s %s %s %s %s %s %s credits, %s ms at fal, %s ms added",
-        call_text(of.call_id) if of else "-", (of and of.account) or "-", model, mode, status or "-", reason or end,
-        charged, fal_ms, added_ms, extra={"fields": fields},
-    )  # fmt: skip
+    logs.tell(log, "call", fields)
+
+
+def _whose(of: logs.InCall) -> dict[str, Any]:
+    whose: dict[str, Any] = {"call_id": call_text(of.call_id)}
+    if of.account:
+        whose["account"] = of.account
+    if of.key_id:
+        whose["key_id"] = key_text(of.key_id)
+    return whose
 
 
 def _about(
