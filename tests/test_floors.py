@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
         ledger spending calls jobs billing idempotency keys accounts processes
         prices fal_prices costs timers
         reports lookups statements statement_forms audit alerts shapes webhooks users
-        playground holds price_problems vitals
+        playground holds price_problems vitals following
         """,
         """
         limits runtime admission replay
