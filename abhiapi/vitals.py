@@ -32,6 +32,9 @@ _a = tables.alerts.c
 _ALERTS = select(_a.kind, func.count()).where(_a.cleared_at.is_(None)).group_by(_a.kind)
 
 
+_BEGAN = select(tables.accounts.c.created_at).order_by(tables.accounts.c.account_id).limit(1)
+
+
 @dataclass(frozen=True, slots=True)
 class Holds:
     count: int
@@ -49,6 +52,7 @@ class Vitals:
     alerts: Mapping[str, int]
     compared_until: int | None  # by when fal's bill was last held against our charges
     backed_up_at: int | None
+    began_at: int | None  # when the first account was made
 
 
 def read(tx: Tx, *, bill_bookmark: str) -> Vitals:
@@ -62,4 +66,5 @@ def read(tx: Tx, *, bill_bookmark: str) -> Vitals:
         alerts={row[0]: row[1] for row in tx.all(_ALERTS)},
         compared_until=billing.reached_at(tx, bill_bookmark),
         backed_up_at=timers.done_at(tx, BACKUP),
+        began_at=row[0] if (row := tx.one(_BEGAN)) else None,
     )

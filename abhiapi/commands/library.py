@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from abhiapi import sync as sync
     from abhiapi import timers as timers
     from abhiapi import users as users
+    from abhiapi import vitals as vitals
     from abhiapi import webhooks as webhooks
 else:
 
