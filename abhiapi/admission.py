@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Protocol
 
-from abhiapi import calls, idempotency, jsonbytes, keys, prices, pricing, wire
+from abhiapi import calls, idempotency, jsonbytes, keys, prices, pricing, telemetry, wire
 from abhiapi.db import Tx
 from abhiapi.errors import (
     AbhiError,
@@ -29,6 +29,7 @@ from abhiapi.ids import call_text
 from abhiapi.metering import Verdict
 from abhiapi.money import NANOS_PER_MICRO, Micros, credits_text, nanos_usd_text, usd_text
 from abhiapi.runtime import SETTLE_PATIENCE_S, Runtime
+from abhiapi.telemetry import Times
 
 log = logging.getLogger("abhiapi")
 
@@ -71,6 +72,14 @@ class Request:
     # Made inside this process for a customer who is signed in, and never of what came over the wire (`web.proxy`): the
     # account's playground calls, and its headers hold no key.
     inside_account_id: int | None = None
+    arrived: float = field(default_factory=monotonic)
+
+    def read(self) -> tuple[RequestBody, Times]:
+        """The body; and the times of a call that is about to be held, less what the caller took to send it."""
+        reading = monotonic()
+        body = self.read_body()
+        now = monotonic()
+        return body, Times(self.arrived + now - reading, now, traceparent=self.headers.get("traceparent"))
 
 
 @dataclass(slots=True)
@@ -91,10 +100,15 @@ class Call:
     price: pricing.Price
     call_input: Mapping[str, Any]
     dialect: wire.Dialect
+    mode: calls.Mode
+    times: Times
     started: float = field(default_factory=monotonic)
     webhook_url: str | None = None  # where the customer wants to be told of the job's end
     asked: bytes | None = None  # a queued job's request, where it is short enough to be kept until the end
     is_ending: bool = False  # its hold is being ended, or has been: nobody else may try
+
+    def __post_init__(self) -> None:
+        self.times.sent = self.started
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,18 +133,23 @@ def within_limits(rt: Runtime, request: Request, serve: Serve) -> Reply:
     key, dialect = wire.caller_key(request.headers)
     call_id = rt.call_ids.new(rt.now_ms())
     shown = [("x-abhiapi-call-id", call_text(call_id))]
+    lines_of = telemetry.entered(call_id)
     try:
         inside = request.inside_account_id
         caller = rt.authenticate(key) if inside is None else rt.authenticate_inside(inside)
     except AbhiError as error:
+        telemetry.refused(rt, error)
         return with_headers(refusal(rt, error, dialect), shown)
+    lines_of.account, lines_of.key_id = caller.account, caller.key_id
     try:
         lease = rt.limits.enter(caller.key_id, caller.plan)
     except AbhiError as error:
+        telemetry.refused(rt, error)
         return with_headers(refusal(rt, error, dialect), shown + rt.limits.headers(caller.key_id, caller.plan))
     try:
         reply = serve(rt, caller, call_id, request, dialect)
     except AbhiError as error:
+        telemetry.refused(rt, error)
         reply = refusal(rt, error, dialect)
     except BaseException:
         lease.release()
@@ -215,6 +234,7 @@ def settle(
     """End the hold, durably, and tell what it cost. Raises `ChargeNotRecorded` when the database takes no write."""
     now = rt.now_ms()
     call.is_ending = True
+    call.times.answered = monotonic()
 
     def finish(tx: Tx, by: Verdict = verdict) -> Outcome:
         balance = calls.finish(tx, call.open, by, now_ms=now, http_status=http_status, fal_request_id=fal_request_id)
@@ -241,14 +261,19 @@ def settle(
         rt.working_on.discard(call.open.call_id)
         raise
     rt.working_on.discard(call.open.call_id)
+    call.times.settled = monotonic()
     count(rt, call.open, verdict, outcome)
-    rt.metrics.fal_seconds.observe(monotonic() - call.started)
+    telemetry.ended(
+        rt, call.open.model, call.mode, call.times, verdict.end, outcome.charge_micros,
+        status=http_status, reason=verdict.reason,
+    )  # fmt: skip
     return outcome
 
 
 def count(rt: Runtime, call: calls.OpenCall, verdict: Verdict, outcome: Outcome) -> None:
     """An ended hold, in the metrics; and in the log where it was too small."""
     rt.metrics.ended[verdict.end].inc()
+    rt.metrics.count_end(call.model, verdict.end)
     rt.metrics.credits.inc(outcome.charge_micros)
     if verdict.end == "settled":
         rt.all_clear("fal_account", "fal")

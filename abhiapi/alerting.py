@@ -21,6 +21,7 @@ log = logging.getLogger("abhiapi")
 PAGE = 100  # alerts told in one round
 PATIENCE_S = 30
 OLD_HOLD_MS = 86_400_000
+PROXY_FORGOTTEN_MS = 86_400_000  # a proxy that nobody came through for so long
 DELIVER_WITHIN_MS = 86_400_000  # what is older was not meant for a webhook that has just been set
 FIRST_PAUSE_MS = 15_000  # before the second try; four times as long before each further one
 DELIVERIES_MAX = 20  # in one round
@@ -49,6 +50,8 @@ def _watch_holds(rt: Runtime, holds: OpenHolds, standing: set[tuple[str, str]]) 
         wanted["old_hold", "holds"] = "a hold has been open for more than a day: see `abhiapi holds list`"
     watched = {key for key in standing if key[0] in ("unknown_hold", "old_hold")}
     over = watched - wanted.keys()
+    if rt.settings.trusted_proxies or now - rt.proxy_seen_at > PROXY_FORGOTTEN_MS:
+        over |= {key for key in standing if key[0] == "unexpected_proxy"}
     if rt.parked == 0:
         over |= {key for key in standing if key[0] == "parked_charge"}
     new = wanted.keys() - standing

@@ -24,6 +24,8 @@ KINDS = {
     "unknown_hold": "calls on a model could not settle: the operator is asked (`holds list`)",
     "old_hold": "a hold has been open for more than a day",
     "parked_charge": "a charge could not be written, and its answer was withheld",
+    "bill_drift": "the last `abhiapi reconcile` found charges and fal's bill at odds",
+    "unexpected_proxy": "requests come through a reverse proxy, and ABHIAPI_TRUSTED_PROXIES is 0",
 }
 TRIES = 5  # of the webhook; the index alerts_to_deliver says so too
 
@@ -135,6 +137,14 @@ def set_threshold(
         _raise_low(tx, account, below_micros, balance_micros, now_ms=now_ms)
     else:
         clear(tx, "low_balance", account, now_ms=now_ms)
+
+
+def retell(tx: Tx, kind: str, subject: str, message: str | None, *, now_ms: int) -> None:
+    """Make an alert say this; what it said before is over. None: nothing is wrong any more."""
+    if message is None or all(found.message != message for found in standing(tx) if found.kind == kind):
+        clear(tx, kind, subject, now_ms=now_ms)
+    if message is not None:
+        raise_(tx, kind, subject, message, now_ms=now_ms)
 
 
 def _raise_low(tx: Tx, account: str, below_micros: int, balance_micros: int, *, now_ms: int) -> None:

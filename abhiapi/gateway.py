@@ -44,12 +44,12 @@ def _admitted(rt: Runtime, caller: keys.Caller, call_id: int, request: Request, 
     query = wire.forwarded_query(request.query, without_webhook=True)
     target = request.path + ("?" + query if query else "")
     headers = wire.request_headers(request.headers.items())
-    body = request.read_body()
+    body, times = request.read()
     ceiling = pricing.ceiling(price, body.call_input)
     open_call = calls.OpenCall(call_id, caller.account_id, caller.key_id, model, ceiling.amount_micros)
     mode: calls.Mode = "stream" if streamed else "sync"
     admission.hold(rt, caller, open_call, price, mode, request.claim, basis=ceiling.basis)
-    call = Call(open_call, price, body.call_input, dialect)
+    call = Call(open_call, price, body.call_input, dialect, mode, times)
     try:
         reply = rt.fal_run.send(request.method, target, headers, body.content)
         return _answer(rt, call, reply)

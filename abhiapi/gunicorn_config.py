@@ -12,8 +12,10 @@ import os
 import sys
 from typing import Any
 
-from abhiapi import serving
+from abhiapi import logs, serving
 from abhiapi.errors import SettingsError
+
+log = logging.getLogger("abhiapi")
 
 GC_THRESHOLDS = (20_000, 20, 50)
 SWITCH_INTERVAL_S = 0.0005  # the thread that commits gets its turn beside a busy event loop
@@ -32,6 +34,8 @@ except SettingsError as error:
 _warning = serving.raise_file_limit()
 if _warning:
     print(f"abhiapi: {_warning}", file=sys.stderr)
+
+_lines: logs.Lines | None = None  # of a worker
 
 worker_class = "abhiapi.worker.LeanWorker"
 workers = 1
@@ -53,20 +57,45 @@ def on_starting(server: Any) -> None:
         serving.check_workers(_settings, server.cfg.workers)
     except SettingsError as error:
         _end(error)
+    logs.set_up(_settings)
+    reload = server.handle_hup
+
+    def reload_if_settings_are_good() -> None:
+        """A worker that cannot start ends the whole server, so what it will read is read here first."""
+        try:
+            serving.checked_settings()
+        except SettingsError as error:
+            log.error("not reloaded, the old settings stay in force: %s", "; ".join(error.problems))
+        else:
+            reload()
+
+    server.handle_hup = reload_if_settings_are_good
+
+
+def on_reload(server: Any) -> None:
+    logs.set_up(serving.checked_settings())  # gunicorn has just made its own log anew
 
 
 def post_fork(server: Any, worker: Any) -> None:
+    global _lines
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _lines = logs.set_up(serving.checked_settings())  # as they are now: secrets may have changed since the start
 
 
 def post_worker_init(worker: Any) -> None:
     """Now calls are answered: say where, and to a newcomer how."""
+    if _lines is not None:
+        _lines.write_aside()
+        logs.take_stray_tracebacks()
     gc.collect()
     gc.freeze()  # what was loaded stays; looking through it again and again would cost a tenth of each call
     gc.set_threshold(*GC_THRESHOLDS)
     addresses = ", ".join(str(sock.getsockname()) for sock in worker.sockets)
-    print(f"AbhiAPI serves {_settings.fal_run_url} on {addresses}", file=sys.stderr, flush=True)
+    serves = f"AbhiAPI serves {_settings.fal_run_url} on {addresses}"
+    if _settings.log_format == "json":
+        log.warning("%s", serves)  # whatever the level: this is how a start is seen
+    else:
+        print(serves, file=sys.stderr, flush=True)
     if link := os.environ.get("ABHIAPI_DEMO_LINK"):
         from abhiapi.web.pages import demo
 
@@ -81,3 +110,5 @@ def worker_exit(server: Any, worker: Any) -> None:
     wsgi = sys.modules.get("abhiapi.wsgi")
     if wsgi is not None and hasattr(wsgi, "rt"):
         wsgi.rt.close()
+    if _lines is not None:
+        _lines.flush()

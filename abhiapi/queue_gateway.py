@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from time import monotonic
 
-from abhiapi import admission, calls, jobs, keys, metering, pricing, queuewire, settlement, wire
+from abhiapi import admission, calls, jobs, keys, metering, pricing, queuewire, settlement, telemetry, wire
 from abhiapi.admission import WHOLE_BYTES_MAX, Call, Outcome, Reply, Request
 from abhiapi.db import Tx
 from abhiapi.errors import (
@@ -101,12 +102,12 @@ def _submit(
     price = rt.catalogue(caller.price_version).price_of(model)
     query, webhook_url = wished(rt, call_id, wire.forwarded_query(request.query), caller.account)
     headers = wire.request_headers(request.headers.items())
-    body = request.read_body()
+    body, times = request.read()
     ceiling = pricing.ceiling(price, body.call_input)
     open_call = calls.OpenCall(call_id, caller.account_id, caller.key_id, model, ceiling.amount_micros)
     admission.hold(rt, caller, open_call, price, "queue", request.claim, basis=ceiling.basis)
     asked = body.content if isinstance(body.content, bytes) and len(body.content) <= ASKED_BYTES_MAX else None
-    call = Call(open_call, price, body.call_input, dialect, webhook_url=webhook_url, asked=asked)
+    call = Call(open_call, price, body.call_input, dialect, "queue", times, webhook_url=webhook_url, asked=asked)
     try:
         reply = rt.fal_queue.send(request.method, path + ("?" + query if query else ""), headers, body.content)
         seen = settlement.read_whole(reply, SUBMIT_BYTES_MAX)
@@ -148,6 +149,7 @@ def _submitted(rt: Runtime, call: Call, seen: Seen, base_url: str) -> Reply:
 def _remember(rt: Runtime, call: Call, request_id: str, http_status: int) -> Micros:
     """Write down that fal accepted the job; the balance. Raises `ChargeNotRecorded` where that is not possible."""
     call.is_ending, now = True, rt.now_ms()
+    call.times.answered = monotonic()
 
     def remember(tx: Tx) -> Micros:
         jobs.remember(tx, call.open, request_id, http_status=http_status)
@@ -177,6 +179,8 @@ def _remember(rt: Runtime, call: Call, request_id: str, http_status: int) -> Mic
         rt.working_on.discard(call.open.call_id)
         raise
     rt.working_on.discard(call.open.call_id)  # from now on the reconciler of any process ends it
+    call.times.settled = monotonic()
+    telemetry.ended(rt, call.open.model, "queue", call.times, "sent", Micros(0), status=http_status, reason=None)
     return balance
 
 

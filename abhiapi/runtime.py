@@ -15,7 +15,7 @@ from gevent.event import Event
 
 from abhiapi import addresses, alerts, keys, prices, pricing, processes, signing
 from abhiapi.committer import GroupCommitter, in_thread
-from abhiapi.db import Database, Reads, Tx
+from abhiapi.db import Busy, Database, Reads, Tx
 from abhiapi.errors import DatabaseUnavailable, SettingsError
 from abhiapi.fal import Fal
 from abhiapi.fal_keys import FETCH_S, FalKeys
@@ -27,6 +27,7 @@ from abhiapi.migrations import open_database
 from abhiapi.outbound import Outbound
 from abhiapi.polls import Polls
 from abhiapi.settings import Settings
+from abhiapi.tracing import Tracer
 
 T = TypeVar("T")
 log = logging.getLogger("abhiapi")
@@ -77,12 +78,20 @@ class Runtime:
     answering: dict[int, Event] = field(default_factory=dict)  # calls whose answer may still be kept for a repeat
     working_on: set[int] = field(default_factory=set)  # calls that this process will end: no sweep touches them
     standing: set[tuple[str, str]] = field(default_factory=set)  # alerts as of the last look: (kind, subject)
+    log_calls: bool = True
+    proxy_seen_at: int = 0  # when a request last came through a reverse proxy that the settings do not know of
+    round_noted_at: int = 0  # when a round of the reconciler was last written down
+    tracer: Tracer | None = None  # where nobody collects traces
     parked: int = 0  # ends of calls that wait for the database
     oldest_hold_at: int | None = None  # as of the last look; None: nothing is held
 
     def write(self, op: Callable[[Tx], T], *, patience_s: float = HOLD_PATIENCE_S) -> T:
         """A durable write, in a transaction shared with other greenlets'."""
-        return self.writer.write(op, patience_s=patience_s)
+        try:
+            return self.writer.write(op, patience_s=patience_s)
+        except DatabaseUnavailable as error:
+            self.metrics.database_errors["busy" if isinstance(error, Busy) else "unavailable"].inc()
+            raise
 
     def settle_later(self, op: Callable[[Tx], object], call_id: int) -> None:
         """Go on trying to write the end of a call whose answer was withheld. Its hold stands until then."""
@@ -168,6 +177,8 @@ class Runtime:
         self.fal_rest.close()
         self.fal_keys.close()
         self.outbound.close()
+        if self.tracer is not None:
+            self.tracer.close()
 
 
 def start(
@@ -207,6 +218,8 @@ def start(
         outbound=Outbound(partial(addresses.is_allowed, with_loopback=settings.webhook_allow_loopback)),
         fal_keys=FalKeys(Fal(settings.fal_rest_url, None, timeout_s=FETCH_S), now_ms),
         now_ms=now_ms,
+        log_calls=settings.log_calls,
+        tracer=None if settings.otlp_endpoint is None else Tracer(settings.otlp_endpoint),
     )
     metrics.gauge("abhiapi_in_flight", "Calls running just now", runtime.limits.in_flight)
     metrics.gauge(

@@ -25,6 +25,7 @@ from abhiapi.money import Micros, parse_amount
 
 SLOW_CALLER_S = 600  # how much longer than fal a caller may take to read a large answer before it is cut off
 STALL_S = 60  # a caller that neither sends nor takes anything for this long has hung up
+FILE_BYTES_MAX = 64 * 1024
 UPLOAD_S = 900  # how long a caller may take to send a request's body
 
 
@@ -35,14 +36,15 @@ class Variable:
     name: str
     default: str
     meaning: str
+    may_be_file: bool = False  # whether NAME_FILE may name a file that holds the value
 
 
 def _setting(
     name: str, default: str, meaning: str, parse: Callable[[str], Any], *, secret: bool = False, hidden: bool = False
 ) -> Any:
     """``secret``: never said. ``hidden``: said in an error without its password, and not by ``repr``."""
-    described = {"variable": Variable(name, default, meaning), "parse": parse, "secret": secret}
-    return field(repr=not (secret or hidden), metadata=described)
+    variable = Variable(name, default, meaning, secret or hidden)
+    return field(repr=not (secret or hidden), metadata={"variable": variable, "parse": parse, "secret": secret})
 
 
 def _text(value: str) -> str:
@@ -65,6 +67,15 @@ def _whole(least: int, most: int) -> Callable[[str], int]:
         if not re.fullmatch(r"[0-9]{1,15}", value) or not least <= int(value) <= most:
             raise ValueError(f"must be a whole number from {least} to {most}")
         return int(value)
+
+    return parse
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value not in words:
+            raise ValueError(f"must be one of: {', '.join(words)}")
+        return value
 
     return parse
 
@@ -332,7 +343,7 @@ class Settings:
     metrics_token: str | None = _setting(
         "ABHIAPI_METRICS_TOKEN",
         "",
-        "bearer token of `/metrics`; unset: loopback only",
+        "bearer token of `/metrics`; unset: loopback only, and nobody where a reverse proxy is in front",
         _credential,
         secret=True,
     )
@@ -344,6 +355,35 @@ class Settings:
         _webhook_url,
         secret=True,
     )
+    log_format: str = _setting(
+        "ABHIAPI_LOG_FORMAT",
+        "text",
+        "how the log is written: `text`, or `json`, one object a line",
+        _one_of("text", "json"),
+    )
+    log_level: str = _setting(
+        "ABHIAPI_LOG_LEVEL",
+        "info",
+        "the least that is logged: `debug`, `info`, `warning` or `error`",
+        _one_of("debug", "info", "warning", "error"),
+    )
+    log_calls: bool = _setting(
+        "ABHIAPI_LOG_CALLS", "1", "whether each call is a line in the log (at level `info`) when it has ended", _flag
+    )
+    otlp_endpoint: str | None = _setting(
+        "ABHIAPI_OTLP_ENDPOINT",
+        "",
+        "where traces are sent by OTLP/HTTP, such as `http://127.0.0.1:4318` (needs `abhiapi[otel]`); unset: nowhere",
+        _optional_base_url,
+    )
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What must stand in no line of the log, and in no error."""
+        key = None if self.webhook_key is None else base64.b64encode(self.webhook_key).decode()
+        passwords = (make_url(self.database_url).password, urlsplit(self.limits_url).password)
+        held = (self.fal_key, self.fal_admin_key, key, self.secret_key, self.metrics_token, self.alert_webhook_url)
+        return tuple(str(secret) for secret in (*held, *passwords) if secret)
 
     @property
     def shown_database_url(self) -> str:
@@ -372,8 +412,9 @@ class Settings:
         problems: list[str] = []
         for item in fields(cls):
             variable: Variable = item.metadata["variable"]
-            text = environ.get(variable.name, "").strip() or variable.default
+            text = variable.default
             try:
+                text = _written(environ, variable) or variable.default
                 values[item.name] = item.metadata["parse"](text)
             except ValueError as error:
                 shown = f" (it is {_without_password(text)[:80]!r})" if not item.metadata["secret"] else ""
@@ -381,6 +422,24 @@ class Settings:
         if problems:
             raise SettingsError(problems)
         return cls(**values)
+
+
+def _written(environ: Mapping[str, str], variable: Variable) -> str:
+    """What an environment says of a variable, or the file that ``NAME_FILE`` names; "" for nothing.
+
+    Files are how systemd's credentials and containers' secrets arrive, and can be changed under a running server.
+    """
+    text = environ.get(variable.name, "").strip()
+    path = environ.get(f"{variable.name}_FILE", "").strip() if variable.may_be_file else ""
+    if not path:
+        return text
+    if text:
+        raise ValueError(f"is set, and {variable.name}_FILE too: which of them counts?")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(FILE_BYTES_MAX).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot be read from the file that {variable.name}_FILE names: {error}") from error
 
 
 def environment() -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import gevent
 
-from abhiapi import admission, calls, jobs, jsonbytes, metering, queuewire, wire
+from abhiapi import admission, calls, jobs, jsonbytes, metering, queuewire, telemetry, wire
 from abhiapi.admission import Outcome
 from abhiapi.db import Tx
 from abhiapi.errors import (
@@ -259,6 +259,8 @@ def _end(rt: Runtime, job: Job, verdict: Verdict, *, http_status: int | None) ->
     if was_first:
         rt.webhooks_due.set()
         admission.count(rt, job.call, verdict, outcome)
+        telemetry.job_ended(rt, job.call, verdict.end, outcome.charge_micros, age_ms=now - job.created_at,
+                            reason=verdict.reason)  # fmt: skip
         if verdict.end == "unknown":
             log.error("%s (%s): %s", call_text(job.call.call_id), job.call.model, verdict.reason)
     return outcome

@@ -18,7 +18,7 @@ from gunicorn.http import errors as http_errors
 from gunicorn.http import wsgi
 from gunicorn.workers.ggevent import GeventWorker
 
-from abhiapi import wire
+from abhiapi import logs, wire
 from abhiapi.errors import AbhiError, BadRequest
 
 # What gunicorn refuses by another status than 400.
@@ -97,6 +97,7 @@ class LeanWorker(GeventWorker):  # type: ignore[misc]
             finally:
                 if hasattr(pieces, "close"):
                     pieces.close()
+                logs.in_call.set(None)  # the connection's next request is another call, or none
         except (OSError, GreenletExit):
             raise
         except Exception:

@@ -10,7 +10,7 @@ from time import monotonic
 
 import gevent
 
-from abhiapi import alerting, reconcile, runtime, sweep, sync, webhook_delivery
+from abhiapi import alerting, monitoring, reconcile, runtime, sweep, sync, webhook_delivery
 from abhiapi.errors import AbhiError
 from abhiapi.operator_webhook import OperatorWebhook
 from abhiapi.settings import Settings
@@ -28,6 +28,7 @@ def sweep_for_ever(rt: runtime.Runtime) -> None:
         try:
             sweep.run_once(rt)
             sweep.forget_old_keys(rt)
+            monitoring.came_through(rt, "sweep")
         except AbhiError as error:  # the database's trouble: the next round tries again
             runtime.log.warning("the sweep will be tried again: %s", error.message)
         except Exception:  # a bug, or trouble of the system's: without this line no hold would ever be swept again
@@ -40,6 +41,8 @@ def reconcile_for_ever(rt: runtime.Runtime) -> None:
         started = monotonic()
         try:
             reconcile.run_once(rt)
+            monitoring.came_through(rt, "reconcile")
+            monitoring.note_round(rt)
         except AbhiError as error:
             runtime.log.warning("open jobs will be looked at again: %s", error.message)
         except Exception:  # as above: without this line no job would ever be looked at again
@@ -52,6 +55,7 @@ def sync_for_ever(rt: runtime.Runtime) -> None:
     while True:
         try:
             sync.run_if_due(rt)
+            monitoring.came_through(rt, "prices")
         except AbhiError as error:
             runtime.log.warning("fal's prices will be asked for again: %s", error.message)
         except Exception:  # as above: without this line prices would drift from fal's in silence
@@ -66,6 +70,7 @@ def alert_for_ever(rt: runtime.Runtime) -> None:
     while True:
         try:
             alerting.run_once(rt, webhook)
+            monitoring.came_through(rt, "alerts")
         except AbhiError as error:
             runtime.log.warning("alerts will be looked at again: %s", error.message)
         except Exception:  # as above: without this line nobody would ever be told of anything again

@@ -19,6 +19,8 @@ from abhiapi.commands import main
 from abhiapi.db import Database, database_at
 from tests.harness import ROOT, environment
 
+NOWHERE = "http://127.0.0.1:9"  # no command of a test may ask fal itself
+
 
 @dataclass(frozen=True)
 class Done:
@@ -57,7 +59,11 @@ class CommandLine:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "abhiapi.db"
-        self.settings = {"ABHIAPI_DATABASE_URL": f"sqlite:///{self.path}", "FAL_KEY": "id:secret"}
+        self.settings = {
+            "ABHIAPI_DATABASE_URL": f"sqlite:///{self.path}",
+            "FAL_KEY": "id:secret",
+            **{f"ABHIAPI_FAL_{name}_URL": NOWHERE for name in ("RUN", "QUEUE", "REST", "API")},
+        }
 
     @property
     def database(self) -> Database:

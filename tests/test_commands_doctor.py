@@ -48,6 +48,9 @@ def test_doctor_finds_a_healthy_installation_well(cli: CommandLine, customer: Cu
     assert set(checked(cli)) == {
         *("variables", "settings", "fal credential", "limits", "open files", "disk"),
         *("database", "webhook key", "writing", "prices", "holds", "ledger"),
+        *("secret files", "odd settings", "sessions", "traces", "file rights", "write-ahead log"),
+        *("reconciler", "alerts", "backups", "fal's bill", "play money", "margins"),
+        *("fal", "public url"),
     }
     assert "1 open" in checked(cli)["holds"]["message"]
 

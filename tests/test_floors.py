@@ -21,26 +21,27 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
         """
         errors money ids days csvtext spent estimates price_terms price_file price_sync pricing metering
         jsonbytes encodings eventstream
-        wire queuewire webhookwire target addresses
+        wire queuewire webhookwire target addresses redaction
         """,
         """
         settings tables committer
         db db_base db_sqlite db_postgres liveness migrations migrations_postgres
         http_parser http_adapter fal fal_keys platform_api operator_webhook
         signing outbound passwords
-        metrics polls windows redis_line shared_counts
+        metrics polls windows redis_line shared_counts logs tracing
         """,
         """
         ledger spending calls jobs billing idempotency keys accounts processes
         prices fal_prices costs timers
         reports lookups statements statement_forms audit alerts shapes webhooks users
-        playground holds price_problems
+        playground holds price_problems vitals following
         """,
         """
         limits runtime admission replay
         gateway queue_gateway queue_bodies upload_gateway
         settlement reconcile sweep sync fal_bill alerting
         webhook_intake webhook_delivery
+        telemetry monitoring
         """,
         "web commands serving wsgi gunicorn_config worker sandbox",
     )
@@ -65,6 +66,7 @@ DOORS = {
     "click": {"commands"},
     "prometheus_client": {"metrics"},
     "redis": {"redis_line"},
+    "opentelemetry": {"tracing"},
     "urllib3": set(),
     "httpx": set(),
     "urllib.request": set(),
@@ -88,6 +90,10 @@ IN_SECONDS = {
     "wsgi",
     "serving",
     "gunicorn_config",
+    "logs",
+    "telemetry",
+    "tracing",
+    "monitoring",
 }
 
 

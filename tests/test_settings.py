@@ -43,6 +43,10 @@ BAD = {
     "ABHIAPI_OPEN_SIGNUP": "maybe",
     "ABHIAPI_FAL_USER_ID": "two words",
     "ABHIAPI_ALERT_WEBHOOK_URL": "hooks.example.com/secret",
+    "ABHIAPI_LOG_FORMAT": "xml",
+    "ABHIAPI_LOG_LEVEL": "loud",
+    "ABHIAPI_LOG_CALLS": "some",
+    "ABHIAPI_OTLP_ENDPOINT": "127.0.0.1:4318",
 }
 
 
@@ -71,6 +75,23 @@ def test_every_bad_value_is_reported_together() -> None:
 def test_every_variable_can_be_bad() -> None:
     """A new setting cannot be forgotten in the list above."""
     assert {variable.name for variable in variables()} == set(BAD)
+
+
+def test_a_secret_may_lie_in_a_file(tmp_path: Path) -> None:
+    """Trouble with the file is told like a bad value, and two answers to one question are none."""
+    file = tmp_path / "key"
+    file.write_text("id:from-a-file\n")
+    named = {"FAL_KEY_FILE": str(file)}
+    assert Settings.from_env(named).fal_key == "id:from-a-file"
+    file.write_text("\n")
+    assert Settings.from_env(named).fal_key is None
+    for wrong in (named | {"FAL_KEY": "id:from-here"}, {"FAL_KEY_FILE": str(tmp_path / "nothing")}):
+        with pytest.raises(SettingsError, match=r"^FAL_KEY .*FAL_KEY_FILE") as refusal:
+            Settings.from_env(wrong)
+        assert "from-here" not in str(refusal.value)
+    file.write_text("two words")
+    with pytest.raises(SettingsError, match="FAL_KEY must be printable"):
+        Settings.from_env(named)
 
 
 def test_secrets_are_neither_shown_nor_said() -> None:

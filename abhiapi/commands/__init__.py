@@ -26,6 +26,7 @@ from abhiapi.commands.prices import estimate, prices
 from abhiapi.commands.reconcile import reconcile
 from abhiapi.commands.serve import sandbox, serve
 from abhiapi.commands.statement import statement
+from abhiapi.commands.tail import tail
 from abhiapi.commands.usage import usage
 from abhiapi.commands.users import invite_user, list_users, make_operator
 from abhiapi.commands.webhooks import webhooks
@@ -55,7 +56,7 @@ def main() -> None:
 
 
 for _command in (
-    *(serve, accounts, keys, topup, balance, usage, statement, calls, webhooks, holds, ledger, refund, adjust),
+    *(serve, accounts, keys, topup, balance, usage, statement, calls, tail, webhooks, holds, ledger, refund, adjust),
     *(prices, estimate, reconcile, alerts, doctor, backup, restore, sandbox),
 ):
     main.add_command(_command)

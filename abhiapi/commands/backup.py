@@ -10,10 +10,12 @@ import click
 from abhiapi.commands import library, session
 from abhiapi.commands.options import json_option
 from abhiapi.commands.output import print_one, say
-from abhiapi.errors import Refused
+from abhiapi.errors import DatabaseUnavailable, Refused
 
 if TYPE_CHECKING:
     from abhiapi.db_sqlite import SqliteDatabase
+
+NOTE_PATIENCE_S = 1  # a backup waits for no writer
 
 
 @click.command()
@@ -32,7 +34,16 @@ def backup(path: Path, as_json: bool) -> None:
     """
     from abhiapi.commands import copies
 
-    finding = copies.back_up(_file(), path)
+    database = _file()
+    finding = copies.back_up(database, path)
+    try:
+        now = session.now_ms()
+        database.write(
+            lambda tx: library.timers.done(tx, library.vitals.BACKUP, now_ms=now, due_in_ms=0),
+            patience_s=NOTE_PATIENCE_S,
+        )
+    except DatabaseUnavailable as error:  # the copy is made, and good
+        say(f"that there is a backup could not be noted for `abhiapi doctor`: {error.message}")
     shape = {
         "path": str(path.absolute()),
         "size_bytes": path.stat().st_size,

@@ -68,6 +68,7 @@ def _environment() -> Mapping[str, str | None]:
 
 def _unknown_variables(environ: Mapping[str, str | None]) -> Check:
     known = [variable.name for variable in variables()]
+    known += [f"{variable.name}_FILE" for variable in variables() if variable.may_be_file]
     unknown = sorted(name for name in environ if name.startswith("ABHIAPI_") and name not in known)
     if not unknown:
         return Check("variables", "ok", "every ABHIAPI_ variable is known")
@@ -82,7 +83,7 @@ def _unknown(name: str, known: list[str]) -> str:
 def _fal_key(settings: Settings) -> Check:
     if settings.fal_key is None:
         return Check("fal credential", "fail", "FAL_KEY is not set: without it `serve` starts only with --sandbox")
-    return Check("fal credential", "ok", "FAL_KEY is set (whether fal takes it is seen at the first call)")
+    return Check("fal credential", "ok", "FAL_KEY is set")
 
 
 def _limits(settings: Settings) -> Check:

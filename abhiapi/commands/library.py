@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from abhiapi import db as db
     from abhiapi import fal_bill as fal_bill
     from abhiapi import fal_prices as fal_prices
+    from abhiapi import following as following
     from abhiapi import holds as holds
     from abhiapi import ids as ids
     from abhiapi import jsonbytes as jsonbytes
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from abhiapi import sync as sync
     from abhiapi import timers as timers
     from abhiapi import users as users
+    from abhiapi import vitals as vitals
     from abhiapi import webhooks as webhooks
 else:
 

@@ -17,10 +17,10 @@ import click
 
 from abhiapi import csvtext
 from abhiapi.errors import AbhiError, SettingsError
+from abhiapi.redaction import masked
 
 Json = Mapping[str, Any]
 
-_KEY = re.compile(r"sk-fal-[0-9A-Za-z]{5,}")
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)\.\d{3}Z")
 _GAP = "  "
 _FLEXIBLE = ("note", "ref", "model", "account", "name", "reason")  # cut on a narrow terminal, in this order
@@ -69,11 +69,6 @@ class Program(click.Group):
 def say(message: str) -> None:
     """A message for the person at the terminal."""
     click.echo(masked(message), err=True)
-
-
-def masked(text: str) -> str:
-    """Text with every key in it reduced to its last four characters."""
-    return _KEY.sub(lambda match: f"sk-fal-...{match[0][-4:]}", text)
 
 
 def print_json(value: Any) -> None:

@@ -64,6 +64,8 @@ def reconcile(since: str | None, as_json: bool) -> None:
     session.open_database()
     done = _settle_jobs(settings)
     compared, trouble = _patiently(lambda: _compare(settings, first_ms))
+    if compared is not None:
+        _note_drift(compared)
     shape = _shape(
         done, compared, len([row for row in session.read(library.reports.open_holds) if row.state == "unknown"])
     )
@@ -75,6 +77,14 @@ def reconcile(since: str | None, as_json: bool) -> None:
         if drift:
             click.echo("\n" + table(drift, COLUMNS))
     _tell(done, compared, trouble)
+
+
+def _note_drift(compared: Compared) -> None:
+    """An alert stands from a run that found drift to one that finds none: whoever runs this by a timer hears of it."""
+    found = ", ".join(f"{count} {kind}" for kind, count in sorted(compared.drift.items()))
+    message = f"charges and fal's bill do not agree: {found}; see what `abhiapi reconcile` listed" if found else None
+    now = session.now_ms()
+    _patiently(lambda: session.write(lambda tx: library.alerts.retell(tx, "bill_drift", "fal", message, now_ms=now)))
 
 
 def _patiently(step: Callable[[], T]) -> T:

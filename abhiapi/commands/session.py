@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from abhiapi import ids
 from abhiapi.commands import library
-from abhiapi.commands.output import masked, say
+from abhiapi.commands.output import say
 from abhiapi.errors import NotFound
+from abhiapi.redaction import masked
 
 if TYPE_CHECKING:
     from abhiapi.accounts import Account

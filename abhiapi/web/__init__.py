@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from ipaddress import ip_address
 from typing import Any
 
 import simplejson
@@ -14,6 +15,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from abhiapi import gateway, queue_gateway, queuewire, target, wire
 from abhiapi.errors import STATUS_NAMES, AbhiError, BodyTooLarge, MethodNotAllowed, RateLimited, UnknownRoute
+from abhiapi.monitoring import Monitor
 from abhiapi.runtime import Runtime
 from abhiapi.web import api, cors, pages, proxy
 from abhiapi.web.caller import request_key
@@ -46,6 +48,7 @@ def create_app(rt: Runtime) -> Flask:
     app.json = ExactJson(app)
     app.config["MAX_CONTENT_LENGTH"] = api.BODY_BYTES_MAX + 1  # by which a route tells what is too large
     app.extensions["abhiapi"] = rt
+    app.extensions["abhiapi_monitor"] = Monitor(rt)
     limiter = Limiter(
         request_key,
         app=app,
@@ -77,6 +80,8 @@ def _door(rt: Runtime, flask_app: WsgiApp) -> WsgiApp:
 
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path: str = environ.get("PATH_INFO") or "/"
+        if "HTTP_X_FORWARDED_FOR" in environ and rt.settings.trusted_proxies == 0:
+            _watch_for_proxy(rt, environ.get("REMOTE_ADDR", ""))
         if proxy.TARGET_VARIABLE in environ or path.rstrip("/") == target.DOCUMENTED_AT:
             return proxy.serve_target(rt, environ, start_response)
         if path.startswith(queuewire.PREFIXES):
@@ -86,6 +91,23 @@ def _door(rt: Runtime, flask_app: WsgiApp) -> WsgiApp:
         return proxy.serve(rt, environ, start_response, gateway.run)
 
     return application
+
+
+def _watch_for_proxy(rt: Runtime, peer: str) -> None:
+    """Tell the operator, once, of a reverse proxy nearby that the settings do not know of: all its visitors have one
+    address here, and links begin with http://. A header sent from afar says nothing."""
+    try:
+        is_near = ip_address(peer).is_private
+    except ValueError:
+        return
+    if is_near:
+        rt.proxy_seen_at = rt.now_ms()
+        rt.alert(
+            "unexpected_proxy",
+            "proxy",
+            f"requests come through a proxy at {peer} (X-Forwarded-For), and ABHIAPI_TRUSTED_PROXIES is 0: "
+            "say there how many proxies are in front",
+        )
 
 
 def _error_reply(error: AbhiError) -> Response:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from datetime import date
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 from flask import Blueprint, Response, jsonify, request
 from flask_limiter import Limiter
@@ -16,7 +17,6 @@ from abhiapi import (
     ids,
     jsonbytes,
     pricing,
-    processes,
     reports,
     shapes,
     statement_forms,
@@ -29,20 +29,20 @@ from abhiapi.errors import (
     BadRequest,
     BodyIncomplete,
     BodyTooLarge,
-    DatabaseUnavailable,
     MalformedJson,
     NotFound,
     UnknownRoute,
 )
 from abhiapi.money import credits
-from abhiapi.runtime import HEALTH_PATIENCE_S
+from abhiapi.runtime import Runtime
 from abhiapi.settings import STALL_S
-from abhiapi.web.caller import caller, runtime
+from abhiapi.web.caller import caller, monitor, runtime
 
 PAGE_MAX, PAGE_DEFAULT = 200, 50
 BODY_BYTES_MAX = 1024 * 1024  # of a request to one of these routes
 TOO_LARGE = f"a request to this route has at most {BODY_BYTES_MAX} bytes"
 _LOOPBACK = ("127.0.0.1", "::1")
+_OF_PROXIES = ("Forwarded", "Via", "X-Real-IP", *(f"X-Forwarded-{what}" for what in ("For", "Host", "Proto", "Port")))
 
 
 def blueprint(limiter: Limiter, limit: str) -> Blueprint:
@@ -68,11 +68,9 @@ def blueprint(limiter: Limiter, limit: str) -> Blueprint:
 
 
 def healthz() -> Response:
-    """200 while the database takes writes: one is made to find out."""
-    rt = runtime()
-    try:
-        rt.write(lambda tx: processes.seen(tx, rt.process_id, now_ms=rt.now_ms()), patience_s=HEALTH_PATIENCE_S)
-    except DatabaseUnavailable as error:
+    """200 while the database takes writes: one is made to find out, at most once a second."""
+    error = monitor().trouble()
+    if error is not None:
         response = jsonify({"status": "unavailable", "reason": error.message})
         response.status_code = 503
         response.headers["Retry-After"] = "2"
@@ -84,12 +82,27 @@ def metrics() -> Response:
     rt = runtime()
     token = rt.settings.metrics_token
     if token is None:
-        # Behind a reverse proxy on this machine every peer is loopback, so whoever was forwarded is not.
-        if request.remote_addr not in _LOOPBACK or "X-Forwarded-For" in request.headers:
+        if not _is_on_this_machine(rt):
             raise UnknownRoute("no such route here")
     elif not hmac.compare_digest(request.headers.get("Authorization", "").encode(), f"Bearer {token}".encode()):
         raise UnknownRoute("no such route here")
+    monitor().look()
     return Response(rt.metrics.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _is_on_this_machine(rt: Runtime) -> bool:
+    """Whether nobody else can have sent this. Behind a reverse proxy on this machine every peer is loopback, so any
+    sign of one counts: the settings, a header that proxies add, a host that is not ours, and HTTP/1.0, which is what
+    nginx speaks where it is told nothing else."""
+    public_url = rt.settings.public_url or ""
+    return (
+        request.remote_addr in _LOOPBACK
+        and rt.settings.trusted_proxies == 0
+        and not public_url.startswith("https://")
+        and not any(name in request.headers for name in _OF_PROXIES)
+        and (urlsplit(f"//{request.host}").hostname or "") in (*_LOOPBACK, "localhost")
+        and request.environ.get("SERVER_PROTOCOL") != "HTTP/1.0"
+    )
 
 
 def account() -> Response:

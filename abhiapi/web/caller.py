@@ -5,12 +5,18 @@ from __future__ import annotations
 from flask import current_app, request
 
 from abhiapi import keys, wire
+from abhiapi.monitoring import Monitor
 from abhiapi.runtime import Runtime
 
 
 def runtime() -> Runtime:
     rt: Runtime = current_app.extensions["abhiapi"]
     return rt
+
+
+def monitor() -> Monitor:
+    watching: Monitor = current_app.extensions["abhiapi_monitor"]
+    return watching
 
 
 def request_key() -> str:
