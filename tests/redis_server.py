@@ -86,9 +86,10 @@ class RedisServer:
 class Relay:
     """A wire to a server on loopback. While it is held, what Redis says goes no further; nothing is lost."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+        """Listens at an address of ``host`` for what is meant for a port of loopback."""
         self._to = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server((host, 0))
         self.port: int = self._listener.getsockname()[1]
         self._flows = threading.Event()
         self._flows.set()
@@ -113,7 +114,11 @@ class Relay:
                 near, _ = self._listener.accept()
             except OSError:
                 return
-            far = socket.create_connection(("127.0.0.1", self._to))
+            try:
+                far = socket.create_connection(("127.0.0.1", self._to))
+            except OSError:  # it is down just now
+                near.close()
+                continue
             with self._lock:
                 self.open_now += 1
                 self.open_most = max(self.open_most, self.open_now)

@@ -18,7 +18,9 @@ from itertools import count
 import pytest
 import requests
 
-from abhiapi.db import Database
+from abhiapi import accounts, ledger
+from abhiapi.db import Tx, database_at
+from abhiapi.money import Micros
 from tests.harness import OPERATOR_KEY, Books, Fal, until
 from tests.machines import Host, machine
 from tests.postgres import Postgres
@@ -61,9 +63,11 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("machines")
     with ExitStack() as stack:
         fal = stack.enter_context(Fal.started(folder))
-        postgres = stack.enter_context(Postgres.started(folder))
+        postgres = Postgres.start(fsync="on")
+        stack.callback(postgres.remove)
+        postgres.make_template()
+        database_url = stack.enter_context(postgres.fresh())
         redis = stack.enter_context(RedisServer.started(folder))
-        database = Database(postgres.url())
         hosts, wires = [], []
         redis_path = redis.url().rsplit("/", 1)[1]
         for number in range(2):
@@ -74,7 +78,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
             wires.append(to_redis)
             settings = {
                 "FAL_KEY": OPERATOR_KEY,
-                "ABHIAPI_DATABASE_URL": postgres.url_at(at.outside, to_postgres.port, database),
+                "ABHIAPI_DATABASE_URL": database_url.replace(
+                    f"127.0.0.1:{postgres.port}", f"{at.outside}:{to_postgres.port}"
+                ),
                 "ABHIAPI_LIMITS_URL": f"redis://{at.outside}:{to_redis.port}/{redis_path}",
                 "ABHIAPI_FAL_RUN_URL": f"http://{at.outside}:{to_fal.port}",
                 "ABHIAPI_FAL_QUEUE_URL": f"http://{at.outside}:{to_fal.port}/queue",
@@ -86,7 +92,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
                 "ABHIAPI_RECONCILE_INTERVAL_S": "1",
             }
             hosts.append(stack.enter_context(Host.started(at, folder / f"host-{number}", settings)))
-        yield Service(hosts, Books(database), fal, postgres, redis, wires)
+        yield Service(hosts, Books(database_at(database_url)), fal, postgres, redis, wires)
+
+
+def topped_up(tx: Tx, account: str, micros: int) -> None:
+    found = accounts.find(tx, account)
+    assert found is not None
+    ledger.topup(tx, found.account_id, Micros(micros), ref=None, note=None, now_ms=1)
 
 
 def together(number: int, act: Callable[[int], requests.Response]) -> list[requests.Response]:
@@ -97,7 +109,7 @@ def together(number: int, act: Callable[[int], requests.Response]) -> list[reque
 def test_credit_for_ten_pays_for_ten_calls(service: Service) -> None:
     """B1, row 1: 200 at once, over four processes."""
     account, key = service.books.account(0, plan="pro")
-    service.books.credit(account, 10 * FLUX_MICROS)
+    service.books.write(lambda tx: topped_up(tx, account, 10 * FLUX_MICROS))
     before = service.heard()
     answers = together(200, lambda _: service.post(key))
     assert Counter(answer.status_code for answer in answers) == {200: 10, 402: 190}
@@ -194,7 +206,8 @@ def test_a_restart_of_the_database_refuses_cleanly_and_makes_nothing_free(servic
     try:
         for _ in range(3):
             load.answered(20)
-            service.postgres.restart(at_once=True)
+            service.postgres.stop()
+            service.postgres.go()
         load.answered(20)
     finally:
         load.end()
