@@ -21,6 +21,8 @@ from abhiapi.settings import Settings
 from tests import raw_http
 from tests.harness import OPERATOR_KEY, Fal, Server, until
 
+pytestmark = pytest.mark.engines
+
 _names = count(1)
 FREE, PRO = (30, 5), (300, 40)
 
