@@ -198,18 +198,22 @@ class Database(ABC):
         session = self.session(patience_s=patience_s)
         try:
             session.begin()
-            try:
-                with marked(), self.translating():
-                    result = op(session.tx)
-                session.commit()
-            except OutcomeUnknown as lost:
-                if not self.has_committed(lost.mark):
-                    raise DatabaseUnavailable(f"nothing was written: {lost.message}", retry_after_s=5) from lost
-            finally:
-                session.roll_back()
-            return result
+            return self._written(session, op)
         finally:
             session.close()
+
+    def _written(self, session: Session, op: Callable[[Tx], T]) -> T:
+        """Run ``op`` in a transaction that has begun, and end it."""
+        try:
+            with marked(), self.translating():
+                result = op(session.tx)
+            session.commit()
+        except OutcomeUnknown as lost:
+            if not self.has_committed(lost.mark):
+                raise DatabaseUnavailable(f"nothing was written: {lost.message}", retry_after_s=5) from lost
+        finally:
+            session.roll_back()
+        return result
 
 
 class position(FunctionElement[int]):

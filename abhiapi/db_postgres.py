@@ -28,8 +28,6 @@ from abhiapi.errors import BadRequest, DatabaseUnavailable, SchemaError
 from abhiapi.liveness import ProcessLock
 
 T = TypeVar("T")
-Connection = psycopg.Connection[Row]
-
 CONNECT_S = 5
 READERS_MAX = 8
 SNAPSHOTS_MAX = 5  # of those at most so many for longer reads: no report keeps a call waiting
@@ -87,6 +85,14 @@ class _Bit(Loader):
 
     def load(self, data: Any) -> int:
         return int(bytes(data) == b"t")
+
+
+class Connection(psycopg.Connection[Row]):
+    """One that is closed without a word when it is forgotten: idle ones end with the process."""
+
+    def __del__(self, *_: object) -> None:
+        if hasattr(self, "pgconn") and not self.closed:
+            self.pgconn.finish()
 
 
 _ADAPTERS = AdaptersMap(psycopg.adapters)
@@ -186,6 +192,7 @@ class PostgresSession(Session):
     def __init__(self, database: PostgresDatabase, patience_s: float) -> None:
         patience_ms = max(1, int(patience_s * 1000))  # 0 would be for ever
         self._database = database
+        self.patience_s = patience_s
         self._connection = database.connect(lock_timeout=f"{patience_ms}ms")
         self.tx: PostgresTx = PostgresTx(self._connection, database)
         self._writer = secrets.randbits(62)
@@ -202,6 +209,10 @@ class PostgresSession(Session):
 
     def is_spoilt(self) -> bool:
         return self._connection.info.transaction_status == TransactionStatus.INERROR
+
+    def is_idle(self) -> bool:
+        """Whether it may be used again."""
+        return self._connection.info.transaction_status == TransactionStatus.IDLE
 
     def commit(self) -> None:
         """The mark is committed with the rest: whoever finds it knows that all of it is there.
@@ -222,7 +233,7 @@ class PostgresSession(Session):
             raise OutcomeUnknown((self._writer, self._number)) from error
 
     def roll_back(self) -> None:
-        if self._connection.closed or self._connection.info.transaction_status == TransactionStatus.IDLE:
+        if self._connection.closed or self.is_idle():
             return
         try:
             self._connection.execute("ROLLBACK", prepare=False)
@@ -269,6 +280,7 @@ class PostgresDatabase(Database):
         self._idle: list[Connection] = []
         self._turns = gevent.lock.BoundedSemaphore(READERS_MAX)
         self._snapshot_turns = gevent.lock.BoundedSemaphore(SNAPSHOTS_MAX)
+        self._writers: list[PostgresSession] = []
         self._free_since: dict[int, float] = {}
 
     def connect(self, *, in_full: bool = False, **options: str) -> Connection:
@@ -276,7 +288,7 @@ class PostgresDatabase(Database):
         server said, which is for operators only."""
         given = self._parameters["options"] + "".join(f" -c {name}={value}" for name, value in options.items())
         try:
-            connection = psycopg.connect(
+            connection = Connection.connect(
                 **self._parameters | {"options": given}, autocommit=True, prepare_threshold=0, context=_Context()
             )
         except psycopg.Error as error:
@@ -346,6 +358,39 @@ class PostgresDatabase(Database):
     def close_idle(self) -> None:
         while self._idle:
             self._idle.pop().close()
+
+    def write(self, op: Callable[[Tx], T], *, patience_s: float = CLI_PATIENCE_S) -> T:
+        """As everywhere, on a connection that is kept for the next time."""
+        session = self._writer(patience_s)
+        try:
+            return self._written(session, op)
+        finally:
+            if session.is_idle():
+                self._writers.append(session)
+            else:
+                session.close()
+
+    def _writer(self, patience_s: float) -> PostgresSession:
+        """A session that has begun; a new one where the one that was kept has died meanwhile."""
+        while self._writers:
+            session = self._writers.pop()
+            if session.patience_s == patience_s:
+                try:
+                    session.begin()
+                    return session
+                except Busy:
+                    session.close()
+                    raise
+                except DatabaseUnavailable:
+                    pass
+            session.close()
+        session = self.session(patience_s=patience_s)
+        try:
+            session.begin()
+        except BaseException:
+            session.close()
+            raise
+        return session
 
     def has_committed(self, mark: tuple[int, int]) -> bool:
         """Waits for the turn to write: whoever held it then has it no more, so what it wrote is there or never will."""

@@ -6,7 +6,9 @@ import fcntl
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,8 @@ from abhiapi.db import Database, database_at
 from abhiapi.migrations import migrate
 from abhiapi.settings import Settings
 from tests.browser import chromium
-from tests.harness import OPERATOR_KEY, ROOT, Books, Clock, Fal, Server
+from tests.harness import OPERATOR_KEY, ROOT, WEBHOOK_KEY, Books, Clock, Fal, Server
+from tests.postgres import Postgres, shared
 from tests.redis_server import RedisServer
 from tests.scripted import House, ScriptedFal
 
@@ -29,10 +32,40 @@ def clock() -> Clock:
     return Clock()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests marked `engines` run on each of them, or on those that the mark names; all others on SQLite."""
+    marked = metafunc.definition.get_closest_marker("engines")
+    if marked and "engine" in metafunc.fixturenames:
+        metafunc.parametrize("engine", marked.args or ["sqlite", "postgresql"], indirect=True)
+
+
 @pytest.fixture
-def database(tmp_path: Path) -> Database:
+def engine(request: pytest.FixtureRequest) -> str:
+    return getattr(request, "param", "sqlite")
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[Postgres]:
+    """One PostgreSQL for the whole run, whatever the number of its processes."""
+    folder = tmp_path_factory.getbasetemp()
+    with shared((folder if worker_id == "master" else folder.parent) / "postgres") as running:
+        yield running
+
+
+@pytest.fixture
+def database_url(engine: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where this test's own ledger is, or will be."""
+    if engine == "sqlite":
+        yield f"sqlite:///{tmp_path / 'abhiapi.db'}"
+    else:
+        with request.getfixturevalue("postgres").fresh() as url:
+            yield url
+
+
+@pytest.fixture
+def database(database_url: str) -> Database:
     """A fresh database of this version."""
-    made = database_at(f"sqlite:///{tmp_path / 'abhiapi.db'}")
+    made = database_at(database_url)
     migrate(made)
     return made
 
@@ -52,10 +85,25 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 
 @pytest.fixture(scope="session")
-def shared_server(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for tests that need no settings of their own; each makes its own account."""
-    with Server.started(tmp_path_factory.mktemp("shared"), fal.url) as running:
-        yield running
+def shared_servers(
+    fal: Fal, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Callable[[str], Server]]:
+    """One server an engine for tests that need no settings of their own; each makes its own account."""
+    with ExitStack() as stack:
+
+        @cache
+        def of(engine: str) -> Server:
+            settings = {}
+            if engine == "postgresql":
+                settings["ABHIAPI_DATABASE_URL"] = stack.enter_context(request.getfixturevalue("postgres").fresh())
+            return stack.enter_context(Server.started(tmp_path_factory.mktemp("shared"), fal.url, **settings))
+
+        yield of
+
+
+@pytest.fixture
+def shared_server(engine: str, shared_servers: Callable[[str], Server]) -> Server:
+    return shared_servers(engine)
 
 
 @pytest.fixture(scope="session")
@@ -81,10 +129,10 @@ def books(shared_server: Server) -> Books:
 
 
 @pytest.fixture
-def house(tmp_path: Path, clock: Clock) -> Iterator[House]:
+def house(database_url: str, clock: Clock) -> Iterator[House]:
     """A runtime without a server whose fal says what it is told to; afterwards nothing is left open."""
-    url = f"sqlite:///{tmp_path / 'abhiapi.db'}"
-    rt = runtime.start(Settings.from_env({"FAL_KEY": OPERATOR_KEY, "ABHIAPI_DATABASE_URL": url}), now_ms=clock)
+    env = {"FAL_KEY": OPERATOR_KEY, "ABHIAPI_DATABASE_URL": database_url, "ABHIAPI_WEBHOOK_KEY": WEBHOOK_KEY}
+    rt = runtime.start(Settings.from_env(env), now_ms=clock)
     rt.fal_run.close()
     rt.fal_run = fal = ScriptedFal()  # type: ignore[assignment]
     books = Books(rt.database, clock)

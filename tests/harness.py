@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
 import socket
@@ -26,6 +27,7 @@ from abhiapi.money import Micros
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 OPERATOR_KEY = "operator-id:0123456789abcdef-operator-secret"
+WEBHOOK_KEY = base64.b64encode(bytes(32)).decode()
 START_S = 30
 _numbers = count(1)
 
@@ -223,11 +225,12 @@ class Server:
     def start(cls, folder: Path, fal_url: str, **settings: str) -> Server:
         """Start on a database in ``folder`` (kept if there is one) and wait until it answers. ``PORT`` may be given."""
         port = int(settings.pop("PORT", 0)) or free_port()
-        url = f"sqlite:///{folder / 'abhiapi.db'}"
+        url = settings.setdefault("ABHIAPI_DATABASE_URL", f"sqlite:///{folder / 'abhiapi.db'}")
+        if url.startswith("postgresql"):
+            settings.setdefault("ABHIAPI_WEBHOOK_KEY", WEBHOOK_KEY)
         env = environment(
             **{
                 "FAL_KEY": OPERATOR_KEY,
-                "ABHIAPI_DATABASE_URL": url,
                 "ABHIAPI_FAL_RUN_URL": fal_url,
                 "ABHIAPI_FAL_QUEUE_URL": f"{fal_url}/queue",
                 "ABHIAPI_FAL_REST_URL": f"{fal_url}/rest",

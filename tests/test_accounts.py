@@ -10,6 +10,8 @@ from abhiapi.errors import BadRequest, NotFound, Refused
 from tests.harness import Clock
 from tests.rows import Customer, credit
 
+pytestmark = pytest.mark.engines
+
 
 def test_a_new_account_is_active_and_empty(database: Database) -> None:
     account = database.write(lambda tx: accounts.create(tx, "Ann & Söhne", plan="pro", now_ms=5))

@@ -16,6 +16,8 @@ from abhiapi.money import Micros
 from tests.harness import Clock
 from tests.rows import DEAD_PID, FLUX_MICROS, FLUX_NANO_USD, MINUTE_MS, MODEL, Customer, settled
 
+pytestmark = pytest.mark.engines
+
 DAY_MS = 86_400_000
 ENDS: tuple[Literal["settled", "released", "unknown"], ...] = ("settled", "released", "unknown")
 VERDICTS = {

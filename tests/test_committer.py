@@ -21,6 +21,8 @@ from abhiapi.money import Micros
 from tests.harness import Clock
 from tests.rows import FLUX_MICROS, Customer
 
+pytestmark = pytest.mark.engines
+
 
 @pytest.fixture
 def sizes() -> list[int]:
@@ -39,9 +41,7 @@ def create(name: str) -> object:
 
 
 def names(database: Database) -> list[str]:
-    """As another process sees them."""
-    with closing(sqlite3.connect(database.path)) as connection:
-        return [row[0] for row in connection.execute("SELECT name FROM accounts ORDER BY name")]
+    return [account.name for account in database.read(accounts.everyone)]
 
 
 def test_a_write_is_seen_by_others_when_it_returns(database: Database, writer: GroupCommitter) -> None:
@@ -67,6 +67,7 @@ def test_writes_that_wait_together_share_a_commit(database: Database, writer: Gr
     assert len(sizes) < 20
 
 
+@pytest.mark.engines("sqlite")
 def test_a_failing_write_is_undone_and_harms_no_neighbour(database: Database, writer: GroupCommitter) -> None:
     def half(tx: Tx) -> None:
         accounts.create(tx, "half", now_ms=1)
@@ -121,6 +122,7 @@ def customer_topup(tx: Tx, account_id: int, amount_micros: int) -> None:
     ledger.topup(tx, account_id, Micros(amount_micros), ref=None, note=None, now_ms=1)
 
 
+@pytest.mark.engines("sqlite")
 def test_a_lock_held_by_another_process_stops_no_other_greenlet(database: Database, writer: GroupCommitter) -> None:
     """The waiting is done by trying again, never inside SQLite, whose wait would freeze the whole process."""
     ticks = 0
@@ -148,6 +150,7 @@ def test_a_lock_held_by_another_process_stops_no_other_greenlet(database: Databa
     assert names(database) == ["late"]
 
 
+@pytest.mark.engines("sqlite")
 def test_a_lost_file_is_noticed_and_its_return_too(database: Database, writer: GroupCommitter) -> None:
     writer.write(create("ann"), patience_s=5)  # type: ignore[arg-type]
     reader = database.reads()
@@ -168,6 +171,7 @@ def test_a_lost_file_is_noticed_and_its_return_too(database: Database, writer: G
     reader.close()
 
 
+@pytest.mark.engines("sqlite")
 def test_commits_that_are_only_in_the_log_come_back_with_the_file(database: Database, writer: GroupCommitter) -> None:
     """Nobody folds the log in before the file is moved away; while it is gone, everybody tries to use it."""
     reader = database.reads()
@@ -190,6 +194,7 @@ def test_commits_that_are_only_in_the_log_come_back_with_the_file(database: Data
     assert names(database) == ["ann", "bob", "cid"]
 
 
+@pytest.mark.engines("sqlite")
 def test_another_file_in_its_place_is_not_written_to_by_a_process_that_knew_the_first(
     database: Database, writer: GroupCommitter
 ) -> None:
@@ -213,6 +218,7 @@ def test_another_file_in_its_place_is_not_written_to_by_a_process_that_knew_the_
     reader.close()
 
 
+@pytest.mark.engines("sqlite")
 def test_those_with_patience_outlast_those_without_and_come_in_their_order(
     database: Database, writer: GroupCommitter
 ) -> None:
@@ -231,6 +237,7 @@ def test_those_with_patience_outlast_those_without_and_come_in_their_order(
     assert names(database) == [f"charge-{n}" for n in range(4)]
 
 
+@pytest.mark.engines("sqlite")
 def test_a_trouble_of_the_disk_in_one_operation_undoes_and_tries_again_with_all(
     database: Database, writer: GroupCommitter
 ) -> None:
@@ -249,6 +256,7 @@ def test_a_trouble_of_the_disk_in_one_operation_undoes_and_tries_again_with_all(
     assert (tries, names(database)) == (3, ["ann", "bob", "troubled"])
 
 
+@pytest.mark.engines("sqlite")
 def test_a_bug_of_ours_is_told_to_those_who_wait_and_ends_no_others_service(
     database: Database, writer: GroupCommitter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,6 +271,7 @@ def test_a_bug_of_ours_is_told_to_those_who_wait_and_ends_no_others_service(
     assert names(database) == ["bob"]
 
 
+@pytest.mark.engines("sqlite")
 def test_a_reader_tells_trouble_from_bugs_and_mends_itself(database: Database) -> None:
     reader = database.reads()
 

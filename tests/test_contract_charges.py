@@ -18,6 +18,8 @@ from abhiapi import prices, reports
 from tests import raw_http
 from tests.harness import Books, Fal, Server, free_port, until
 
+pytestmark = pytest.mark.engines
+
 MEGAPIXEL = 26_250  # micros of one unit of flux/dev: 0.025 USD and a margin of 5 percent
 KLING, KLING_MICROS = "/fal-ai/kling-video/v2/master/text-to-video", 1_470_000
 UPSCALER, UPSCALER_HOLD = "/fal-ai/creative-upscaler", 100_000

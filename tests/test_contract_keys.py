@@ -15,6 +15,8 @@ from tests import raw_http
 from tests.harness import OPERATOR_KEY, Books, Fal, Server
 from tests.raw_http import Upstream
 
+pytestmark = pytest.mark.engines
+
 FLUX = "/fal-ai/flux/dev"
 
 

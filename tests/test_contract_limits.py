@@ -22,6 +22,8 @@ from tests import raw_http
 from tests.harness import OPERATOR_KEY, Fal, Server, until
 from tests.redis_server import RedisServer
 
+pytestmark = pytest.mark.engines
+
 _names = count(1)
 FREE, PRO = (30, 5), (300, 40)
 

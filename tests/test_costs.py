@@ -7,12 +7,15 @@ from decimal import Decimal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import text
 
 from abhiapi import costs, pricing
 from abhiapi.db import Database
 from abhiapi.money import MICROS_MAX, Micros
 from tests.harness import Clock
 from tests.rows import FLUX_MICROS, MODEL, Customer, settled
+
+pytestmark = pytest.mark.engines
 
 PROPERTY = settings(deadline=None, derandomize=True)
 DAY_MS = 86_400_000
@@ -127,11 +130,7 @@ def test_only_what_is_larger_is_written_down(database: Database, clock: Clock, c
     for _ in range(20):
         customer.settle(31_000)
         customer.settle(29_000)
-    connection = database.connect()
-    try:
-        assert connection.execute("SELECT count(*) FROM hold_raises").fetchone() == (1,)
-    finally:
-        connection.close()
+    assert database.read(lambda tx: tx.one(text("SELECT count(*) FROM hold_raises"))) == (1,)
 
 
 def test_a_model_whose_last_charge_passed_its_hold_is_named(
@@ -149,11 +148,7 @@ def test_old_calls_fade_where_there_are_many(database: Database, clock: Clock, c
     customer.settle()
     database.write(costs.age)
     assert known(database, clock).calls == 1
-    connection = database.connect()
-    try:
-        connection.execute("UPDATE observed_costs SET calls = 20001")
-    finally:
-        connection.close()
+    database.write(lambda tx: tx.run(text("UPDATE observed_costs SET calls = 20001")))
     database.write(costs.age)
     assert known(database, clock).calls == 10_001
     database.write(costs.age)

@@ -37,6 +37,8 @@ from tests.keyed import (
 )
 from tests.scripted import FLUX, JSON, PICTURE, UNITS, Body, House, answer
 
+pytestmark = pytest.mark.engines
+
 LARGE = b'{"image":{"content":"' + b"x" * 100_000 + b'"}}'
 
 
@@ -263,6 +265,7 @@ def test_a_submit_that_fal_was_never_sent_runs_anew(house: House) -> None:
     assert len(house.fal.sent) == 2
 
 
+@pytest.mark.engines("sqlite")
 def test_a_charge_that_waits_for_the_disk_is_waited_for(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answer was withheld; a repeat hears so, and neither pays nor runs again."""
     monkeypatch.setattr(admission, "SETTLE_PATIENCE_S", 0)
@@ -278,6 +281,7 @@ def test_a_charge_that_waits_for_the_disk_is_waited_for(house: House, monkeypatc
     assert len(house.fal.sent) == charges(house) == 1
 
 
+@pytest.mark.engines("sqlite")
 def test_a_job_that_waits_for_the_disk_is_named_in_the_log(
     house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,7 +12,7 @@ from gevent.event import Event
 
 from abhiapi import replay, sweep
 from abhiapi.errors import UpstreamBroken, UpstreamUnreachable
-from abhiapi.processes import lock_path
+from abhiapi.liveness import lock_path
 from tests.harness import Clock
 from tests.keyed import (
     JOB,
@@ -28,6 +28,8 @@ from tests.keyed import (
     started,
 )
 from tests.scripted import FLUX, PICTURE, House, answer
+
+pytestmark = pytest.mark.engines
 
 DAY_MS = 24 * 3_600_000
 
@@ -154,6 +156,7 @@ def test_another_process_waits_for_the_first(
     other.close()
 
 
+@pytest.mark.engines("sqlite")
 def test_an_answer_may_be_kept_a_moment_after_its_charge(
     house: House, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +193,7 @@ def test_an_answer_may_be_kept_a_moment_after_its_charge(
     lock_path(house.rt.database.path, house.rt.process_id).touch()
 
 
+@pytest.mark.engines("sqlite")
 def test_a_call_of_a_dead_process_is_swept_and_runs_anew(house: House, tmp_path: Path, clock: Clock) -> None:
     slow = Slow(house)
     lost = gevent.spawn(ask, house)

@@ -27,6 +27,8 @@ from abhiapi.errors import (
 from tests.harness import Clock
 from tests.rows import MINUTE_MS, Customer
 
+pytestmark = pytest.mark.engines
+
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 LOWEST = "sk-fal-" + "0" * 26 + "3vSKjy"  # CRC-32 of twenty-six zeros, in base 62
 
@@ -95,6 +97,7 @@ def test_no_key_at_all_is_said_differently_from_a_wrong_one(customer: Customer) 
         who(customer, keys.new_key())
 
 
+@pytest.mark.engines("sqlite")  # whose file is looked into
 def test_the_database_holds_the_digest_and_the_mask_and_never_the_key(database: Database, customer: Customer) -> None:
     with closing(database.connect()) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")

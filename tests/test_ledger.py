@@ -16,6 +16,8 @@ from abhiapi.money import MICROS_MAX, Micros
 from tests.harness import Clock
 from tests.rows import FLUX_MICROS, Customer, credit
 
+pytestmark = pytest.mark.engines
+
 
 @pytest.fixture
 def customer(database: Database, clock: Clock) -> Customer:
@@ -204,9 +206,9 @@ def test_the_balance_is_the_exact_sum_of_many_odd_charges(customer: Customer) ->
 HOLDS_THAT_FIT = 37
 
 
-def _hold_25_times(path: str, account_id: int) -> int:
+def _hold_25_times(url: str, account_id: int) -> int:
     """In a process of its own: how many holds it got."""
-    database, got = database_at(f"sqlite:///{path}"), 0
+    database, got = database_at(url), 0
     for _ in range(25):
         try:
             database.write(lambda tx: ledger.hold(tx, account_id, FLUX_MICROS, key_id=1, now_ms=1))
@@ -216,7 +218,7 @@ def _hold_25_times(path: str, account_id: int) -> int:
     return got
 
 
-def test_four_processes_hold_exactly_what_is_there(database: Database, clock: Clock) -> None:
+def test_four_processes_hold_exactly_what_is_there(database: Database, database_url: str, clock: Clock) -> None:
     """A hundred holds in four processes, credit for thirty-seven: no credit is promised twice, none is left over."""
     poor = Customer.new(database, clock, name="poor", credits=0)
     poor.write(
@@ -225,7 +227,7 @@ def test_four_processes_hold_exactly_what_is_there(database: Database, clock: Cl
         )
     )
     with multiprocessing.get_context("spawn").Pool(4) as pool:
-        got = pool.starmap(_hold_25_times, [(str(database.path), poor.account_id)] * 4, chunksize=1)
+        got = pool.starmap(_hold_25_times, [(database_url, poor.account_id)] * 4, chunksize=1)
     assert sum(got) == HOLDS_THAT_FIT
     assert poor.standing() == (HOLDS_THAT_FIT * FLUX_MICROS, HOLDS_THAT_FIT * FLUX_MICROS)
 

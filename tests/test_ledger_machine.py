@@ -22,6 +22,8 @@ from abhiapi.money import Micros
 from tests.harness import Clock
 from tests.rows import MODEL, credit, flux, server_settings, settled
 
+pytestmark = pytest.mark.engines
+
 DAY_MS = 86_400_000
 NAMES = st.sampled_from(("ann", "bob"))
 AMOUNTS = st.sampled_from((50_000, 12_345, 1, 26_250, 10**7)).map(Micros)

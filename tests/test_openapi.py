@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +108,8 @@ def tried_server(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.fixture(scope="module")
-def spender(shared_server: Server) -> str:
-    return busy_key(shared_server)
+def spender(shared_servers: Callable[[str], Server]) -> str:
+    return busy_key(shared_servers("sqlite"))
 
 
 def busy_key(server: Server) -> str:

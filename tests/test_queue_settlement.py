@@ -21,8 +21,10 @@ from abhiapi.errors import BadAmount
 from abhiapi.metering import Verdict
 from abhiapi.money import Micros
 from abhiapi.settings import Settings
-from tests.harness import OPERATOR_KEY, Books, Fal, Server, until
+from tests.harness import OPERATOR_KEY, WEBHOOK_KEY, Books, Fal, Server, until
 from tests.test_queue import CAT, FLUX_MICROS, Jobs
+
+pytestmark = pytest.mark.engines
 
 NO_PID = 2**22 + 1  # beyond what Linux gives
 
@@ -312,13 +314,14 @@ def test_a_submit_under_way_when_the_server_was_killed_is_the_operators(fal: Fal
 
 
 @pytest.fixture
-def rt(database: Database, fal: Fal) -> Iterator[runtime.Runtime]:
+def rt(database: Database, database_url: str, fal: Fal) -> Iterator[runtime.Runtime]:
     """A runtime without a server, whose rounds are started by hand."""
     made = runtime.start(
         Settings.from_env(
             {
                 "FAL_KEY": OPERATOR_KEY,
-                "ABHIAPI_DATABASE_URL": f"sqlite:///{database.path}",
+                "ABHIAPI_DATABASE_URL": database_url,
+                "ABHIAPI_WEBHOOK_KEY": WEBHOOK_KEY,
                 "ABHIAPI_FAL_RUN_URL": fal.url,
                 "ABHIAPI_FAL_QUEUE_URL": f"{fal.url}/queue",
             }

@@ -18,6 +18,8 @@ from abhiapi.money import Micros
 from tests.harness import Clock, Fal, Server
 from tests.rows import FLUX_MICROS, MODEL, Customer, credit, settled
 
+pytestmark = pytest.mark.engines
+
 DAY_MS = 86_400_000
 AT_ONCE = 200
 FITTING = 10
@@ -204,9 +206,9 @@ def test_balance_and_limit_hold_together(
             assert min(left.values()) >= 0
 
 
-def _hold_50_times(path: str, account_id: int, key_id: int, now_ms: int) -> int:
+def _hold_50_times(url: str, account_id: int, key_id: int, now_ms: int) -> int:
     """In a process of its own: how many holds it got."""
-    database, got = database_at(f"sqlite:///{path}"), 0
+    database, got = database_at(url), 0
     for _ in range(AT_ONCE // 4):
         try:
             database.write(lambda tx: ledger.hold(tx, account_id, FLUX_MICROS, key_id=key_id, now_ms=now_ms))
@@ -216,7 +218,7 @@ def _hold_50_times(path: str, account_id: int, key_id: int, now_ms: int) -> int:
     return got
 
 
-def test_four_processes_at_once_get_what_the_limit_allows(customer: Customer, database: Database) -> None:
+def test_four_processes_at_once_get_what_the_limit_allows(customer: Customer, database_url: str) -> None:
     """Rows 1 and 10: two hundred holds in four processes under a limit of ten, with credit for many more."""
     customer.topup(9000)
     cap = Micros(FITTING * FLUX_MICROS)
@@ -224,7 +226,7 @@ def test_four_processes_at_once_get_what_the_limit_allows(customer: Customer, da
     customer.write(
         lambda tx: spending.set_limits(tx, customer.key_id, day_limit_micros=cap, month_limit_micros=None, now_ms=now)
     )
-    work = [(str(database.path), customer.account_id, customer.key_id, now)] * 4
+    work = [(database_url, customer.account_id, customer.key_id, now)] * 4
     with multiprocessing.get_context("spawn").Pool(4) as pool:
         assert sum(pool.starmap(_hold_50_times, work, chunksize=1)) == FITTING
     assert spent(customer) == (cap, cap)

@@ -25,6 +25,8 @@ from tests.harness import Clock, Server
 from tests.rows import FLUX_NANO_USD, Customer
 from tests.test_audit import damage
 
+pytestmark = pytest.mark.engines
+
 DAY_MS = days.MS_PER_DAY
 SEPTEMBER = days.start_ms(date(2026, 9, 1))
 HTML = statement_forms.as_html
@@ -181,6 +183,7 @@ def test_the_text_cannot_steer_a_terminal(database: Database, clock: Clock) -> N
     assert "\x1b" not in text_of(database, statement_forms.as_text, "2026-09", evil.account_id)
 
 
+@pytest.mark.engines("sqlite")  # filled behind our back
 def test_a_statement_of_fifty_thousand_entries_takes_little_memory(database: Database, clock: Clock) -> None:
     customer = Customer.new(database, clock, credits=0)
     balance, previous, rows = 0, b"", []
@@ -293,6 +296,7 @@ def test_a_margin_in_percent_is_exact_and_rounded_down(earned: int, cost: int, p
     assert margin_percent_text(earned, cost) == percent
 
 
+@pytest.mark.engines("sqlite")  # where triggers can be taken away
 def test_a_statement_is_refused_for_an_account_without_its_entries(database: Database, customer: Customer) -> None:
     damage(database, "DELETE FROM entries")
     with pytest.raises(Refused, match="is missing"):

@@ -1,0 +1,328 @@
+"""What PostgreSQL alone has to prove: nobody freezes while it is waited for, and no commit is in doubt."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import gevent
+import psycopg
+import pytest
+from sqlalchemy import text
+
+from abhiapi import accounts, db_postgres, migrations, migrations_postgres, processes
+from abhiapi.committer import GroupCommitter
+from abhiapi.db import Busy, Database, Tx, database_at
+from abhiapi.errors import BadRequest, DatabaseUnavailable, SchemaError
+from abhiapi.migrations import migrate
+from tests.harness import Clock, environment, until
+from tests.postgres import Postgres
+from tests.rows import Customer
+
+pytestmark = pytest.mark.engines("postgresql")
+
+
+def create(name: str) -> Any:
+    return lambda tx: accounts.create(tx, name, now_ms=1).account_id
+
+
+def names(database: Database) -> list[str]:
+    return [account.name for account in database.read(accounts.everyone)]
+
+
+def raw(url: str) -> psycopg.Connection[Any]:
+    return psycopg.connect(url, autocommit=True)
+
+
+WAIT = """
+from gevent import monkey; monkey.patch_all()
+import sys, gevent
+from sqlalchemy import text
+from abhiapi.db import database_at
+database = database_at(sys.argv[1])
+ticks = 0
+def tick():
+    global ticks
+    while True:
+        ticks += 1
+        gevent.sleep(0.001)
+ticking = gevent.spawn(tick)
+jobs = [gevent.spawn(database.read, lambda tx: tx.one(text("SELECT pg_sleep(0.3)"))) for _ in range(3)]
+gevent.joinall(jobs, raise_error=True)
+print(ticks)
+"""
+
+
+def test_greenlets_go_on_while_others_wait_for_the_server(database_url: str) -> None:
+    """psycopg has to notice that gevent has patched what it waits by."""
+    done = subprocess.run(
+        [sys.executable, "-c", WAIT, database_url], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 20
+
+
+def test_writers_take_turns_and_whoever_waits_too_long_is_told_so(database: Database, database_url: str) -> None:
+    with raw(database_url) as other:
+        other.execute("BEGIN")
+        other.execute("SELECT pg_advisory_xact_lock(1094862921)")
+        with pytest.raises(Busy) as trouble:
+            database.write(create("ann"), patience_s=0)
+        assert names(database) == []  # reading goes on
+        other.execute("ROLLBACK")
+    assert trouble.value.status == 503
+    database.write(create("ann"), patience_s=0)
+
+
+def test_a_broken_constraint_undoes_the_group_and_harms_no_neighbour(database: Database) -> None:
+    writer = GroupCommitter(database)
+    writer.write(create("ann"), patience_s=5)
+    with pytest.raises(psycopg.IntegrityError):
+        writer.write(lambda tx: tx.run(text("UPDATE accounts SET held_micros = -1")), patience_s=5)
+    writer.write(create("bob"), patience_s=5)
+    writer.close()
+    assert names(database) == ["ann", "bob"]
+
+
+def test_an_operation_that_goes_on_after_a_failed_statement_is_a_bug_and_writes_nothing(database: Database) -> None:
+    """PostgreSQL answers such a COMMIT with a silent ROLLBACK."""
+
+    def careless(tx: Tx) -> None:
+        accounts.create(tx, "lost", now_ms=1)
+        try:
+            tx.run(text("UPDATE accounts SET held_micros = -1"))
+        except psycopg.IntegrityError:
+            pass
+
+    with pytest.raises(AssertionError, match="went on"):
+        database.write(careless)
+    assert names(database) == []
+
+
+def test_numbers_come_back_as_integers_and_nul_is_refused(database: Database, clock: Clock) -> None:
+    Customer.new(database, clock)
+    row = database.read(
+        lambda tx: tx.one(text("SELECT SUM(balance_micros), 1 = 1, last_hash FROM accounts GROUP BY 3"))
+    )
+    assert row is not None
+    assert [type(value) for value in row] == [int, int, bytes]
+    with pytest.raises(ValueError, match="invalid literal"):
+        database.read(lambda tx: tx.one(text("SELECT 1.5")))
+    with pytest.raises(BadRequest, match="NUL"):
+        database.read(lambda tx: accounts.find(tx, "a\0b"))
+
+
+class Relay:
+    """A way to the server that can be cut at a COMMIT: before it was passed on, or after it was done, unanswered."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.cut_at: str = ""  # "before" or "after" the next COMMIT
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def url(self, direct: str) -> str:
+        return direct.replace(f":{self._port}/", f":{self._listener.getsockname()[1]}/")
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(("127.0.0.1", self._port))
+            doomed = threading.Event()
+            for task in (self._onwards, self._back):
+                threading.Thread(target=task, args=(near, far, doomed), daemon=True).start()
+
+    def _onwards(self, near: socket.socket, far: socket.socket, doomed: threading.Event) -> None:
+        while data := _received(near):
+            if self.cut_at and b"COMMIT" in data:
+                when, self.cut_at = self.cut_at, ""
+                if when == "before":
+                    break
+                doomed.set()
+            far.sendall(data)
+        _cut(near, far)
+
+    def _back(self, near: socket.socket, far: socket.socket, doomed: threading.Event) -> None:
+        while data := _received(far):
+            if doomed.is_set():
+                break
+            near.sendall(data)
+        _cut(near, far)
+
+
+def _received(sock: socket.socket) -> bytes:
+    try:
+        return sock.recv(65536)
+    except OSError:
+        return b""
+
+
+def _cut(*sockets: socket.socket) -> None:
+    for sock in sockets:
+        try:
+            sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the other direction was faster
+        sock.close()
+
+
+@pytest.fixture
+def relay(postgres: Postgres) -> Iterator[Relay]:
+    made = Relay(postgres.port)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_came_of_a_commit_whose_answer_was_lost_is_found_out(
+    relay: Relay, database: Database, database_url: str, when: str
+) -> None:
+    """Neither a failure that was none nor a write that is done twice; by a server's writer and by a command."""
+    writer = GroupCommitter(database_at(relay.url(database_url)))
+    writer.write(create("ann"), patience_s=5)
+    tried: list[str] = []
+
+    def count(tx: Tx) -> int:
+        tried.append("")
+        return accounts.create(tx, "bob", now_ms=1).account_id
+
+    relay.cut_at = when
+    writer.write(count, patience_s=20)
+    writer.close()
+    assert len(tried) == (2 if when == "before" else 1)
+    command = database_at(relay.url(database_url))
+    command.write(create("cid"))
+    relay.cut_at = when
+    if when == "before":
+        with pytest.raises(DatabaseUnavailable, match="nothing was written"):
+            command.write(create("dan"))
+    else:
+        command.write(create("dan"))
+    assert names(database) == ["ann", "bob", "cid", *(["dan"] if when == "after" else [])]
+
+
+def test_an_outcome_that_nobody_can_tell_yet_is_waited_for_and_those_who_come_meanwhile_are_refused(
+    relay: Relay, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = database_at(relay.url(database_url))
+    writer = GroupCommitter(reached)
+    writer.write(create("ann"), patience_s=5)
+    refused: list[DatabaseUnavailable] = []
+    has_committed = reached.has_committed
+
+    def not_yet(mark: tuple[int, int]) -> bool:
+        if not refused:
+            gevent.spawn(refuse)
+            gevent.sleep(0)
+            raise DatabaseUnavailable("not yet")
+        return has_committed(mark)
+
+    def refuse() -> None:
+        with pytest.raises(DatabaseUnavailable) as trouble:
+            writer.write(create("late"), patience_s=0)
+        refused.append(trouble.value)
+
+    monkeypatch.setattr(reached, "has_committed", not_yet)
+    relay.cut_at = "after"
+    writer.write(create("bob"), patience_s=0)
+    assert [error.message for error in refused] == ["not yet"]
+    assert names(reached) == ["ann", "bob"]
+    writer.close()
+
+
+def test_a_reader_outlives_the_death_of_its_connection(database: Database, database_url: str) -> None:
+    reads = database.reads()
+    database.write(create("ann"))
+    assert len(reads.read(accounts.everyone)) == 1
+    with raw(database_url) as other:
+        other.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+    assert len(reads.read(accounts.everyone)) == 1
+    database.write(create("bob"))
+    reads.close()
+
+
+def test_a_process_is_dead_when_its_lock_was_free_for_long_enough(
+    database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restarted server frees every lock while the processes live: they take them again, and nobody is swept."""
+    now = [0.0]
+    monkeypatch.setattr(db_postgres, "monotonic", lambda: now[0])
+    number = database.write(lambda tx: processes.start(tx, pid=1, now_ms=1))
+    lock = database.process_lock()
+    lock.take_place(number)
+    observer = database_at(database_url)
+    assert observer.dead({number: 1}) == set()
+    with raw(database_url) as other:
+        other.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+            " WHERE application_name LIKE 'abhiapi-process-%' AND datname = current_database()"
+        )
+    assert observer.dead({number: 1}) == set()  # seen free for the first time
+    now[0] += db_postgres.FREE_FOR_S
+    lock.keep()
+    assert observer.dead({number: 1}) == set()  # it lives
+    lock.release()
+    until(lambda: _is_free(database_url), what="the server notices the end of the session")
+    assert observer.dead({number: 1}) == set()
+    now[0] += db_postgres.FREE_FOR_S - 1
+    assert observer.dead({number: 1}) == set()
+    now[0] += 1
+    assert observer.dead({number: 1}) == {number}
+    assert observer.is_dead(number, 1)
+
+
+def _is_free(url: str) -> bool:
+    with raw(url) as other:
+        row = other.execute(
+            "SELECT count(*) FROM pg_stat_activity "
+            " WHERE application_name LIKE 'abhiapi-process-%' AND datname = current_database()"
+        ).fetchone()
+        return row == (0,)
+
+
+def test_a_database_of_another_program_or_a_newer_version_is_refused(postgres: Postgres, database_url: str) -> None:
+    with raw(database_url) as other:
+        other.execute("UPDATE abhiapi_schema SET version = 99")
+    with pytest.raises(SchemaError, match="newer than this program's"):
+        migrate(database_at(database_url))
+    with postgres.fresh(empty=True) as url:
+        with raw(url) as other:
+            other.execute("CREATE TABLE theirs (it bigint)")
+        with pytest.raises(SchemaError, match="some other program"):
+            migrate(database_at(url))
+        with raw(url) as other:
+            other.execute("DROP TABLE theirs")
+        made = [threading.Thread(target=migrate, args=(database_at(url),)) for _ in range(4)]
+        for one in made:
+            one.start()
+        for one in made:
+            one.join(30)
+        assert migrate(database_at(url)) is None
+
+
+def test_a_password_is_in_no_message(postgres: Postgres) -> None:
+    database = database_at(f"postgresql://ann:hush-hush@127.0.0.1:{postgres.port}/nowhere?connect_timeout=3")
+    with pytest.raises(DatabaseUnavailable) as trouble:
+        migrate(database)
+    assert "nowhere" in trouble.value.message
+    assert "hush" not in trouble.value.message + database.name
+    with pytest.raises(DatabaseUnavailable) as trouble:
+        database.write(create("ann"))
+    assert "127.0.0.1" not in trouble.value.message  # which a customer may read
+
+
+def test_steps_come_in_pairs() -> None:
+    assert migrations_postgres.BORN + len(migrations_postgres.STEPS) == migrations.VERSION
