@@ -24,6 +24,9 @@ TITLES = {
     "official": "official on Express",
     "litellm": "LiteLLM, pass-through",
     "abhiapi": "AbhiAPI",
+    "postgresql-1": "AbhiAPI, PostgreSQL, 1 process",
+    "postgresql-2": "AbhiAPI, PostgreSQL, 2 processes",
+    "postgresql-4": "AbhiAPI, PostgreSQL, 4 processes",
 }
 HEADINGS = (
     "stack",

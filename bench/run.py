@@ -3,7 +3,8 @@
     make bench                              all workloads, median of three rounds, about fifteen minutes
     python bench/run.py --quick             one short round, under two minutes
     python bench/run.py --only slow         one workload: small, answers, requests or slow
-    python bench/run.py --write             also write bench/RESULTS.md
+    python bench/run.py --engines           small calls on SQLite, and on PostgreSQL with 1, 2 and 4 processes
+    python bench/run.py --write             also write its chapter of bench/RESULTS.md
 
 Tables go to stdout, progress to stderr. Exit status 1 when a target is missed or the books do not add up, 2 when the
 benchmark cannot run here.
@@ -22,7 +23,7 @@ from pathlib import Path
 import report
 from install import install
 from process import BenchError, Cores, choose_cores, raise_descriptor_limit
-from stacks import STACKS, check_answer
+from stacks import ENGINES, STACKS, check_answer
 from stub import MODEL_PATH, Stub
 from workloads import FULL, QUICK, WORKLOADS, Sample, Scale, Workload
 
@@ -35,8 +36,9 @@ Cells = dict[str, dict[str, Sample]]  # by load, then by stack
 def main() -> int:
     """Measure, print, and say with the exit status whether all is well."""
     arguments = parse_arguments()
-    stacks: list[str] = arguments.stacks
-    workloads = [workload for workload in WORKLOADS if arguments.only in (None, workload.name)]
+    stacks: list[str] = [*arguments.stacks, *ENGINES] if arguments.engines else arguments.stacks
+    only = "small" if arguments.engines else arguments.only
+    workloads = [workload for workload in WORKLOADS if only in (None, workload.name)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     try:
         install(stacks)
@@ -58,7 +60,13 @@ def main() -> int:
     problems += report.missed_targets(results)
     verdict = "\n".join(f"- {problem}" for problem in problems) or "- Targets met, books exact."
     page = "\n\n".join(
-        ("# Benchmark", about, report.HOW_TO_READ, f"## Verdict\n\n{verdict}", report.tables(workloads, results))
+        (
+            "# Engines and processes" if arguments.engines else "# Benchmark",
+            about,
+            report.HOW_TO_READ,
+            f"## Verdict\n\n{verdict}",
+            report.tables(workloads, results),
+        )
     )
     print(page)
     if arguments.write:
@@ -70,6 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one short round: a look, not figures to publish")
     parser.add_argument("--only", choices=[workload.name for workload in WORKLOADS], help="measure this workload alone")
+    parser.add_argument("--engines", action="store_true", help="small calls alone, with PostgreSQL beside SQLite")
     parser.add_argument("--rounds", type=int, help=f"instead of {FULL.rounds}, or {QUICK.rounds} with --quick")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name} beside this file")
     parser.add_argument(
@@ -119,7 +128,7 @@ class Bench:
     ) -> tuple[dict[str, Sample], list[str]]:
         """Start one stack, compare one answer of it, measure it, stop it, check its books."""
         started = time.monotonic()
-        with STACKS[name](stub, self.new_folder(), self.cores.proxy) as running:
+        with (STACKS | ENGINES)[name](stub, self.new_folder(), self.cores.proxy) as running:
             problem = check_answer(name, post(running.port, running.path, running.headers, body), expected)
             problems = [problem] if problem else []
             if running.books:

@@ -3,9 +3,11 @@
 `direct` is the stub itself, against which the others' added latency is counted.
 """
 
+import base64
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +15,12 @@ from pathlib import Path
 from books import CLI, Books, command_line
 from install import EXPRESS, express_modules, litellm_command
 from nginx import nginx
-from process import Process, free_port
+from process import Process, free_port, on_core
 from stub import MODEL_PATH, Stub
+
+sys.path.insert(0, str(CLI.parent))
+from tests.postgres import Postgres
+from tests.redis_server import RedisServer
 
 FAL_KEY = "bench:key"
 JSON_HEADERS = {"content-type": "application/json"}
@@ -111,21 +117,48 @@ general_settings:
 @contextlib.contextmanager
 def abhiapi(stub: Stub, folder: Path, core: int) -> Iterator[Running]:
     """This repository's proxy: one process, a new SQLite file, every charge recorded before its answer is whole."""
+    with _serving(stub, folder, core, {"ABHIAPI_DATABASE_URL": f"sqlite:///{folder / 'abhi.db'}"}, 1) as running:
+        yield running
+
+
+def on_postgresql(workers: int) -> StackStarter:
+    """The same on a new PostgreSQL that syncs each commit to disk, with a Redis; all of them on the proxy's core."""
+
+    @contextlib.contextmanager
+    def start(stub: Stub, folder: Path, core: int) -> Iterator[Running]:
+        with contextlib.ExitStack() as stack:
+            with on_core(core):
+                postgres = Postgres.start(fsync="on", full_page_writes="on")
+                stack.callback(postgres.remove)
+                redis = stack.enter_context(RedisServer.started(folder))
+            settings = {
+                "ABHIAPI_DATABASE_URL": stack.enter_context(postgres.fresh(empty=True)),
+                "ABHIAPI_LIMITS_URL": redis.url(),
+                "ABHIAPI_WEBHOOK_KEY": base64.b64encode(b"bench" * 6 + b"..").decode(),
+            }
+            yield stack.enter_context(_serving(stub, folder, core, settings, workers))
+
+    return start
+
+
+@contextlib.contextmanager
+def _serving(stub: Stub, folder: Path, core: int, settings: dict[str, str], workers: int) -> Iterator[Running]:
     port = free_port()
     env = {name: value for name, value in os.environ.items() if not name.startswith("ABHIAPI_")} | {
         "FAL_KEY": FAL_KEY,
-        "ABHIAPI_DATABASE_URL": f"sqlite:///{folder / 'abhi.db'}",
         "ABHIAPI_FAL_RUN_URL": stub.url,
         "ABHIAPI_FAL_QUEUE_URL": f"{stub.url}/queue",
         "ABHIAPI_PRICES_SYNC_S": "0",
+        "ABHIAPI_LOG_CALLS": "0",
         "ABHIAPI_RATE_PER_MINUTE": "1000000000",
         "ABHIAPI_CONCURRENCY": "100000",
         # It runs in the temporary folder, so that no .env of this checkout joins in; the workers import from here.
         "PYTHONPATH": str(CLI.parent),
     }
+    env |= settings
     books = Books(env, folder)
     key = books.open()
-    argv = command_line("serve", "--bind", f"127.0.0.1:{port}")
+    argv = command_line("serve", "--bind", f"127.0.0.1:{port}", "--workers", str(workers))
     process = Process(argv, core=core, env=env, cwd=folder, log=folder / "abhiapi.log")
     try:
         process.wait_until_listening(port)
@@ -141,11 +174,12 @@ STACKS: dict[str, StackStarter] = {
     "litellm": litellm,
     "abhiapi": abhiapi,
 }
+ENGINES: dict[str, StackStarter] = {f"postgresql-{workers}": on_postgresql(workers) for workers in (1, 2, 4)}
 
 
 def check_answer(name: str, body: bytes, expected: bytes) -> str | None:
     """What is wrong with a stack's answer to a call that the stub answered with `expected`, if anything."""
-    if name != "abhiapi":
+    if name != "abhiapi" and name not in ENGINES:
         return None if body == expected else f"{name} changed the answer"
     if not body.startswith(expected[:-1]):
         return "abhiapi changed the answer beyond its last brace"
