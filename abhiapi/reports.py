@@ -61,8 +61,15 @@ _CALLS = (
 _NEWEST_CALLS = _CALLS.where(_c.call_id < bindparam("before")).order_by(_c.call_id.desc()).limit(bindparam("most"))
 _NEWEST_CALLS_OF = _NEWEST_CALLS.where(_c.account_id == bindparam("account"))
 _ONE_CALL = _CALLS.where(_c.call_id == bindparam("call"))
-# Sorted by an expression, so that SQLite reads the few open calls from their index and not all calls in their order.
-_OPEN_HOLDS = _CALLS.where(_c.state.in_([literal_column(f"'{state}'") for state in OPEN])).order_by(_c.call_id + 0)
+# Sorted and joined by expressions, so that SQLite reads the few open calls from their index: not all calls in their
+# order, nor those of each account, as where its statistics were taken while no call was open (0.75 s of a million).
+_OPEN_HOLDS = (
+    select(*_CALL_COLUMNS)
+    .join_from(tables.calls, tables.accounts, _a.account_id == _c.account_id + 0)
+    .join(tables.price_versions, _c.price_id == _p.price_id)
+    .where(_c.state.in_([literal_column(f"'{state}'") for state in OPEN]))
+    .order_by(_c.call_id + 0)
+)
 _ENTRY_COLUMNS = (
     _e.account_id,
     _e.seq,

@@ -181,6 +181,8 @@ def test_a_page_of_another_origin(pages: Pages, page: Page, workplace: Path) -> 
         assert is_paid(told[call]["data"])
         assert REQUEST_ID.fullmatch(told[call]["requestId"])
     assert told["updates"][-1] == "COMPLETED"
+    assert len(told["events"]) > 1
+    assert told["streamed"]["images"][0]["url"] == told["events"][-1]  # and ours is no event
     assert told["uploaded"] == "a small file"
     assert told["blob"]["data"]["image"]["url"]
     assert told["cancel"] in ("accepted", 400)

@@ -12,6 +12,10 @@ try {
   told.polling = await fal.subscribe(model, { input, pollInterval: 50, onQueueUpdate: (u) => updates.push(u.status) });
   told.updates = [...new Set(updates)];
   told.streaming = await fal.subscribe(model, { input, mode: "streaming" });
+  const stream = await fal.stream(model, { input });
+  told.events = [];
+  for await (const event of stream) told.events.push(event.images[0].url);
+  told.streamed = await stream.done();
   told.upload = await fal.storage.upload(new File(["a small file"], "small.png", { type: "image/png" }));
   told.uploaded = await (await fetch(told.upload)).text();
   told.blob = await fal.run("fal-ai/clarity-upscaler", { input: { image_url: new Blob(["x"], { type: "image/png" }) } });

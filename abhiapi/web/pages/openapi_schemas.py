@@ -54,6 +54,10 @@ def record(description: str, members: Json, *, optional: tuple[str, ...] = ()) -
     }
 
 
+TIME = text("UTC, as in 2026-11-22T19:59:44.123Z.", format="date-time")
+CURSOR = nullable(text("Pass it as `cursor` for the next page; null on the last."))
+
+
 def rows(item: str) -> Json:
     return {"type": "array", "items": ref(item)}
 
@@ -76,29 +80,13 @@ def error(status: int) -> Json:
 
 def schemas() -> Json:
     """Everything that `ref` can name."""
-    time = text("UTC, as in 2026-11-22T19:59:44.123Z.", format="date-time")
-    cursor = nullable(text("Pass it as `cursor` for the next page; null on the last."))
-    usage = {"calls": whole(), "credits": credits("Charges less refunds."), "cost_usd": usd("The same.")}
+    own = {f"Error{status}": error(status) for status in error_types()}
+    return _of_calls() | _of_money() | _of_figures() | _of_the_service() | own
+
+
+def _of_calls() -> Json:
+    """What calls answer, and what is told of them."""
     return {
-        "Error": record(
-            "An error of this service. `detail` is what fal's Python client shows, `message` what its JavaScript "
-            "client shows.",
-            {
-                "error": record(
-                    "What went wrong.",
-                    {
-                        "code": whole("The status."),
-                        "name": text("The status in words."),
-                        "type": text("Stable: what to tell errors apart by.", enum=_all_types()),
-                        "message": text("For people."),
-                    },
-                ),
-                "detail": text(),
-                "message": text(),
-                "_billing": ref("Billing"),
-            },
-            optional=("_billing",),
-        ),
         "Billing": record(
             "What a call cost: the last member of every JSON object that fal answers.",
             {
@@ -113,17 +101,6 @@ def schemas() -> Json:
             "description": "fal's answer, byte for byte, and `_billing`.",
             "properties": {"_billing": ref("Billing")},
         },
-        "Account": record(
-            "The account of the key.",
-            {
-                "account": text(),
-                "plan": text(),
-                "balance": credits("The sum of the ledger."),
-                "held": credits("Set aside for calls that run."),
-                "available": credits("What can be spent."),
-                "limits": record("Per key.", {"requests_per_minute": whole(), "concurrent": whole()}),
-            },
-        ),
         "Call": record(
             "One request to fal.",
             {
@@ -139,14 +116,31 @@ def schemas() -> Json:
                 "unit_price_usd": usd("Per unit, when it was admitted."),
                 "usage_source": nullable(text("Where the units come from.")),
                 "fal_request_id": nullable(text()),
-                "created_at": time,
-                "finished_at": nullable(time),
+                "created_at": TIME,
+                "finished_at": nullable(TIME),
                 "adjusted": credits("Corrected later."),
                 "refunded": credits("Given back."),
             },
             optional=("adjusted", "refunded"),
         ),
-        "Calls": record("A page of calls.", {"calls": rows("Call"), "next_cursor": cursor}),
+        "Calls": record("A page of calls.", {"calls": rows("Call"), "next_cursor": CURSOR}),
+    }
+
+
+def _of_money() -> Json:
+    """The account, its ledger and its statements."""
+    return {
+        "Account": record(
+            "The account of the key.",
+            {
+                "account": text(),
+                "plan": text(),
+                "balance": credits("The sum of the ledger."),
+                "held": credits("Set aside for calls that run."),
+                "available": credits("What can be spent."),
+                "limits": record("Per key.", {"requests_per_minute": whole(), "concurrent": whole()}),
+            },
+        ),
         "Entry": record(
             "A movement of credit.",
             {
@@ -158,15 +152,15 @@ def schemas() -> Json:
                 "call_id": nullable(text()),
                 "ref": nullable(text()),
                 "note": nullable(text()),
-                "created_at": time,
+                "created_at": TIME,
                 "hash": text("Chained to the entry before.", pattern="^[0-9a-f]{64}$"),
             },
         ),
-        "Ledger": record("A page of entries.", {"entries": rows("Entry"), "next_cursor": cursor}),
+        "Ledger": record("A page of entries.", {"entries": rows("Entry"), "next_cursor": CURSOR}),
         "StatementLine": record(
             "An entry of a statement.",
             {
-                "created_at": time,
+                "created_at": TIME,
                 "kind": text(),
                 "model": nullable(text()),
                 "call_id": nullable(text()),
@@ -187,6 +181,13 @@ def schemas() -> Json:
                 "entries": rows("StatementLine"),
             },
         ),
+    }
+
+
+def _of_figures() -> Json:
+    """Usage, prices and estimates."""
+    usage = {"calls": whole(), "credits": credits("Charges less refunds."), "cost_usd": usd("The same.")}
+    return {
         "UsageRow": record("Ended calls of a group.", {"group": text(), **usage}),
         "Usage": record("Usage by group.", {"rows": rows("UsageRow"), "total": record("All of them.", usage)}),
         "Price": record(
@@ -214,6 +215,31 @@ def schemas() -> Json:
             "What a call would hold.",
             {"model": text(), "credits": credits("The hold."), "basis": text("How it came about.")},
         ),
+    }
+
+
+def _of_the_service() -> Json:
+    """Its errors, its health and its keys."""
+    return {
+        "Error": record(
+            "An error of this service. `detail` is what fal's Python client shows, `message` what its JavaScript "
+            "client shows.",
+            {
+                "error": record(
+                    "What went wrong.",
+                    {
+                        "code": whole("The status."),
+                        "name": text("The status in words."),
+                        "type": text("Stable: what to tell errors apart by.", enum=_all_types()),
+                        "message": text("For people."),
+                    },
+                ),
+                "detail": text(),
+                "message": text(),
+                "_billing": ref("Billing"),
+            },
+            optional=("_billing",),
+        ),
         "Health": record("While it can serve.", {"status": {"const": "ok"}}),
         "Sickness": record("Why it cannot.", {"status": {"const": "unavailable"}, "reason": text()}),
         "Jwks": record(
@@ -228,7 +254,6 @@ def schemas() -> Json:
                 }
             },
         ),
-        **{f"Error{status}": error(status) for status in error_types()},
     }
 
 
