@@ -95,7 +95,7 @@ def shared_servers(
         def of(engine: str) -> Server:
             settings = {}
             if engine == "postgresql":
-                settings["ABHIAPI_DATABASE_URL"] = stack.enter_context(request.getfixturevalue("postgres").fresh())
+                settings["ABHIAPI_DATABASE_URL"] = request.getfixturevalue("postgres").create()
             return stack.enter_context(Server.started(tmp_path_factory.mktemp("shared"), fal.url, **settings))
 
         yield of

@@ -87,14 +87,19 @@ class Postgres:
     @contextmanager
     def fresh(self, *, empty: bool = False) -> Iterator[str]:
         """The URL of a database of its own: of this version, or without any table."""
+        url = self.create(empty=empty)
+        try:
+            yield url
+        finally:
+            with self.connect() as connection:
+                connection.execute(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")
+
+    def create(self, *, empty: bool = False) -> str:
+        """The same, for as long as the server runs."""
         name = f"test_{os.getpid()}_{next(self._numbers)}"
         with self.connect() as connection:
             connection.execute(f"CREATE DATABASE {name} TEMPLATE {'template0' if empty else TEMPLATE}")
-        try:
-            yield self.url(name)
-        finally:
-            with self.connect() as connection:
-                connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        return self.url(name)
 
     def _do(self, program: str, *arguments: str) -> None:
         """Run one of PostgreSQL's programs, which refuse to run as root."""

@@ -418,6 +418,7 @@ def test_a_round_with_fal_in_trouble_ends_nothing(rt: runtime.Runtime, fal: Fal,
     assert books.standing(account) == (5_000_000 - FLUX_MICROS, 0)
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize(
     ("age_ms", "is_cancelled", "state", "reason"),
     [
@@ -476,6 +477,7 @@ def test_one_id_is_one_call(rt: runtime.Runtime, fal: Fal, database: Database) -
         books.write(lambda tx: jobs.remember(tx, second.call, first.request_id, http_status=200))
 
 
+@pytest.mark.engines("sqlite")
 def test_a_sweep_leaves_jobs_to_the_reconciler(rt: runtime.Runtime, fal: Fal, database: Database) -> None:
     books = Books(database)
     account, _ = placed(rt, fal, books, 1, weather="hold_until=swept")
@@ -486,6 +488,7 @@ def test_a_sweep_leaves_jobs_to_the_reconciler(rt: runtime.Runtime, fal: Fal, da
     fal.release("swept")
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize("whose", ["dead", "overdue"])
 def test_a_sweep_gives_no_submit_back(rt: runtime.Runtime, database: Database, whose: str) -> None:
     books = Books(database)
