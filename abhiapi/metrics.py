@@ -57,6 +57,10 @@ class Metrics:
             "abhiapi_fal_seconds", "Time from sending a call to fal's whole answer", buckets=_SECONDS,
             registry=self.registry,
         )  # fmt: skip
+        self.fal_wait_seconds = Histogram(
+            "abhiapi_fal_wait_seconds", "Time that calls waited for their turn at fal", buckets=_SECONDS,
+            registry=self.registry,
+        )  # fmt: skip
         self.group_size = Histogram(
             "abhiapi_commit_group_size", "Writes in one commit", buckets=_GROUP_SIZES, registry=self.registry
         )

@@ -45,6 +45,13 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
         yield running
 
 
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """One that a test may do anything to."""
+    with RedisServer.started(tmp_path) as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def shared_server(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server for tests that need no settings of their own; each makes its own account."""

@@ -20,8 +20,8 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
     for floor in (
         """
         errors money ids days csvtext spent estimates price_terms price_file price_sync pricing metering
-        jsonbytes encodings eventstream
-        wire queuewire webhookwire target addresses
+        jsonbytes encodings eventstream fairness
+        wire queuewire webhookwire target addresses redis_url
         """,
         """
         settings tables db migrations committer
@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
         playground holds price_problems
         """,
         """
-        limits runtime admission replay
+        limits gate runtime admission replay
         gateway queue_gateway queue_bodies upload_gateway
         settlement reconcile sweep sync fal_bill alerting
         webhook_intake webhook_delivery
@@ -78,6 +78,8 @@ IN_SECONDS = {
     "worker",
     "metrics",
     "polls",
+    "fairness",
+    "gate",
     "redis_line",
     "shared_counts",
     "windows",
