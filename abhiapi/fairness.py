@@ -28,6 +28,10 @@ class Turn:
     began_s: float | None = None
     member: str = ""
 
+    @property
+    def waited_s(self) -> float:
+        return 0 if self.began_s is None else self.began_s - self.arrived_s
+
 
 class Turns:
     """The turns of one process. Every time is handed in."""

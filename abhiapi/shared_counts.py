@@ -10,6 +10,7 @@ back. ``None`` for an answer means that Redis is away and the caller decides by 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from time import monotonic
@@ -19,6 +20,8 @@ import gevent
 
 from abhiapi.redis_line import TIMEOUT_S, Command, RedisAway, RedisLine
 from abhiapi.windows import Standing
+
+log = logging.getLogger("abhiapi")
 
 LEASE_S = 45.0  # after which a killed process's places are free
 RENEW_S = 10.0
@@ -202,6 +205,8 @@ class SharedCounts:
                     self._line.tell(*command)
             except RedisAway:
                 pass  # it will be told when it is back
+            except Exception:  # a bug: without this line long calls would lose their places
+                log.exception("places were not renewed, and will be tried again")
 
     def _running(self) -> list[tuple[int, str]]:
         return [place for running in self._all_running for place in running()]
