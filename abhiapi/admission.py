@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Protocol
 
-from abhiapi import calls, idempotency, jsonbytes, keys, prices, pricing, telemetry, wire
+from abhiapi import accounts, calls, idempotency, jsonbytes, keys, ledger, prices, pricing, spending, telemetry, wire
 from abhiapi.db import Tx
 from abhiapi.errors import (
     AbhiError,
@@ -25,6 +25,7 @@ from abhiapi.errors import (
     MethodNotAllowed,
     UpstreamError,
 )
+from abhiapi.fairness import Turn
 from abhiapi.ids import call_text
 from abhiapi.metering import Verdict
 from abhiapi.money import NANOS_PER_MICRO, Micros, credits_text, nanos_usd_text, usd_text
@@ -105,6 +106,7 @@ class Call:
     started: float = field(default_factory=monotonic)
     webhook_url: str | None = None  # where the customer wants to be told of the job's end
     asked: bytes | None = None  # a queued job's request, where it is short enough to be kept until the end
+    turn: Turn | None = None  # at fal, for as long as fal works on it
     is_ending: bool = False  # its hold is being ended, or has been: nobody else may try
 
     def __post_init__(self) -> None:
@@ -218,9 +220,27 @@ def hold(
     try:
         price_id = rt.price_ids[identity] = rt.write(admit)
     except InsufficientCredits as error:
-        raise InsufficientCredits(f"{error.message} (held for this call: {basis})") from error
+        raise _with_basis(error, basis) from error
     rt.working_on.add(call.call_id)
     return price_id
+
+
+def check_credit(rt: Runtime, caller: keys.Caller, call: calls.OpenCall, *, basis: str) -> None:
+    """Raise what `hold` would raise as things stand, for a call that has to wait before it."""
+    keys.check_model(caller, call.model)
+    now = rt.now_ms()
+
+    def look(tx: Tx) -> None:
+        available = accounts.by_id(tx, call.account_id).available_micros
+        if available < call.held_micros:
+            raise _with_basis(ledger.too_little(call.held_micros, available), basis)
+        spending.refuse(tx, call.key_id, call.held_micros, now_ms=now)
+
+    rt.reader.read(look)
+
+
+def _with_basis(error: InsufficientCredits, basis: str) -> InsufficientCredits:
+    return InsufficientCredits(f"{error.message} (held for this call: {basis})")
 
 
 def settle(
@@ -235,6 +255,7 @@ def settle(
     now = rt.now_ms()
     call.is_ending = True
     call.times.answered = monotonic()
+    rt.gate.end(call.turn)
 
     def finish(tx: Tx, by: Verdict = verdict) -> Outcome:
         balance = calls.finish(tx, call.open, by, now_ms=now, http_status=http_status, fal_request_id=fal_request_id)

@@ -173,6 +173,12 @@ class TooManyConcurrent(AbhiError):
     status, type = 429, "too_many_concurrent"
 
 
+class UpstreamBusy(AbhiError):
+    """All of the operator's places at fal were taken for as long as a call may wait; nothing was forwarded."""
+
+    status, type = 429, "upstream_busy"
+
+
 class DatabaseUnavailable(AbhiError):
     """The call could not be recorded, so nothing was forwarded."""
 

@@ -1,6 +1,7 @@
 """What happens when a customer calls: from the key to the charge, top to bottom.
 
-    authenticate -> limits -> (once per Idempotency-Key) -> price -> hold -> forward -> meter -> settle -> splice
+    authenticate -> limits -> (once per Idempotency-Key) -> price -> (a turn at fal) -> hold -> forward -> meter
+        -> settle -> splice
 
 `run` takes plain values and gives plain values; it knows no web framework. The hold is on disk before fal hears of
 the call, and whatever happens after that ends it exactly once: a whole answer by its verdict (`metering`), anything
@@ -48,8 +49,17 @@ def _admitted(rt: Runtime, caller: keys.Caller, call_id: int, request: Request, 
     ceiling = pricing.ceiling(price, body.call_input)
     open_call = calls.OpenCall(call_id, caller.account_id, caller.key_id, model, ceiling.amount_micros)
     mode: calls.Mode = "stream" if streamed else "sync"
-    admission.hold(rt, caller, open_call, price, mode, request.claim, basis=ceiling.basis)
-    call = Call(open_call, price, body.call_input, dialect, mode, times)
+    turn = rt.gate.enter(
+        caller.account_id,
+        has_hung_up=request.has_hung_up,
+        before_waiting=lambda: admission.check_credit(rt, caller, open_call, basis=ceiling.basis),
+    )
+    try:
+        admission.hold(rt, caller, open_call, price, mode, request.claim, basis=ceiling.basis)
+    except BaseException:
+        rt.gate.end(turn)
+        raise
+    call = Call(open_call, price, body.call_input, dialect, mode, times, turn=turn)
     try:
         reply = rt.fal_run.send(request.method, target, headers, body.content)
         return _answer(rt, call, reply)
@@ -69,6 +79,8 @@ def _answer(rt: Runtime, call: Call, reply: FalReply) -> Reply:
         admission.fal_refused(rt, status)
         refused = UpstreamRefused("fal does not accept calls from this service just now: nothing was charged")
         return _failed(rt, call, refused, reply)
+    if metering.is_concurrency_refusal(status, reply.value("x-fal-error-type"), reply.value("x-fal-needs-retry")):
+        rt.gate.refused(call.turn)
     body = MeteredBody(rt, call, reply)
     try:
         whole = body.read_whole(WHOLE_BYTES_MAX)
@@ -203,6 +215,7 @@ class MeteredBody:
                 self._drain()
         finally:
             self._reply.close()
+            self._rt.gate.end(self._call.turn)
             when_closed, self.when_closed = self.when_closed, lambda: None
             when_closed()
 

@@ -102,8 +102,13 @@ def hold(tx: Tx, account_id: int, amount_micros: Micros, *, key_id: int, now_ms:
     available = standing[1] - standing[2]
     if available >= amount_micros:
         spending.refuse(tx, key_id, amount_micros, now_ms=now_ms)
-    raise InsufficientCredits(
-        f"this call needs {credits_text(amount_micros)} credits and {credits_text(available)} are available: "
+    raise too_little(amount_micros, available)
+
+
+def too_little(amount_micros: Micros, available_micros: int) -> InsufficientCredits:
+    """Why a hold does not fit."""
+    return InsufficientCredits(
+        f"this call needs {credits_text(amount_micros)} credits and {credits_text(available_micros)} are available: "
         "top up your balance"
     )
 

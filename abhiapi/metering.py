@@ -52,6 +52,11 @@ class Verdict:
     reason: str | None = None
 
 
+def is_concurrency_refusal(status: int, error_type: str | None, needs_retry: str | None) -> bool:
+    """Whether fal works on too many calls of the operator's account already (fal-protocol 7.3)."""
+    return status == 429 and (error_type == "concurrent_requests_limit" or needs_retry in ("1", "true"))
+
+
 def released(reason: str, *, units: str | None = None) -> Verdict:
     return Verdict("released", units=units, reason=reason)
 

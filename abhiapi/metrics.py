@@ -118,6 +118,10 @@ class Metrics:
             "abhiapi_last_round_timestamp_seconds", "When each kind of background work last came through", ["work"],
             registry=self.registry,
         )  # fmt: skip
+        self.fal_wait_seconds = Histogram(
+            "abhiapi_fal_wait_seconds", "Time that calls waited for their turn at fal", buckets=_SECONDS,
+            registry=self.registry,
+        )  # fmt: skip
         self.group_size = Histogram(
             "abhiapi_commit_group_size", "Writes in one commit", buckets=_GROUP_SIZES, registry=self.registry
         )

@@ -19,6 +19,7 @@ from abhiapi.db import Busy, Database, Reads, Tx
 from abhiapi.errors import DatabaseUnavailable, SettingsError
 from abhiapi.fal import Fal
 from abhiapi.fal_keys import FETCH_S, FalKeys
+from abhiapi.gate import Gate
 from abhiapi.ids import CallIds, NowMs, call_text
 from abhiapi.limits import CallLimits
 from abhiapi.liveness import ProcessLock
@@ -59,6 +60,7 @@ class Runtime:
     fal_queue: Fal
     fal_rest: Fal
     limits: CallLimits
+    gate: Gate
     metrics: Metrics
     process_id: int
     lock: ProcessLock
@@ -168,6 +170,7 @@ class Runtime:
             self.write(lambda tx: processes.end(tx, self.process_id, now_ms=self.now_ms()), patience_s=CLOSE_PATIENCE_S)
         except DatabaseUnavailable as error:  # the next sweep ends it: its lock is free
             log.warning("this process was not signed off: %s", error.message)
+        self.gate.close()
         self.limits.close()
         self.writer.close()
         self.reader.close()
@@ -197,6 +200,7 @@ def start(
     lock = database.process_lock()
     process_id = writer.write(lambda tx: processes.start(tx, pid=os.getpid(), now_ms=now_ms()), patience_s=30)
     lock.take_place(process_id)
+    limits = CallLimits(settings, on_fallback=metrics.limits_fallback.inc)
     runtime = Runtime(
         settings=settings,
         database=database,
@@ -209,7 +213,8 @@ def start(
         fal_rest=Fal(
             settings.fal_rest_url, settings.fal_key, timeout_s=min(REST_TIMEOUT_S, settings.upstream_timeout_s)
         ),
-        limits=CallLimits(settings, on_fallback=metrics.limits_fallback.inc),
+        limits=limits,
+        gate=Gate(settings.fal_concurrency, settings.fal_queue_s, shared=limits.shared, metrics=metrics),
         metrics=metrics,
         process_id=process_id,
         lock=lock,
@@ -225,6 +230,8 @@ def start(
     metrics.gauge(
         "abhiapi_limits_shared", "Whether limits are counted by all processes just now", runtime.limits.is_shared
     )
+    metrics.gauge("abhiapi_fal_waiting", "Calls of this process that wait for their turn at fal", runtime.gate.waiting)
+    metrics.gauge("abhiapi_fal_limit", "Calls that may run at fal at once, 0: any number", runtime.gate.limit)
     metrics.gauge("abhiapi_alerts_standing", "Alerts that stand", lambda: len(runtime.standing))
     metrics.gauge("abhiapi_oldest_open_hold_seconds", "Age of the oldest open hold", runtime.oldest_hold_s)
     return runtime

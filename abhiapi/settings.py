@@ -14,12 +14,13 @@ from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from abhiapi import redis_url
 from abhiapi.errors import BadAmount, SettingsError
 from abhiapi.money import Micros, parse_amount
 
@@ -185,32 +186,6 @@ def _database_url(value: str) -> str:
     return value
 
 
-_REDIS_OPTIONS = frozenset(("db", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"))
-
-
-def _limits_url(value: str) -> str:
-    """`memory://`, or Redis as redis-py reads it; what would undo our time limits may not be said there."""
-    if value == "memory://":
-        return value
-    parts = urlsplit(value)
-    place = parts.path if parts.scheme == "unix" else parts.hostname
-    if parts.scheme not in ("redis", "rediss", "unix") or not place or not re.fullmatch(r"[\x21-\x7e]+", value):
-        raise ValueError("must be memory://, or redis://, rediss:// or unix:// such as redis://127.0.0.1:6379/0")
-    if parts.scheme != "unix" and (not re.fullmatch(r"(/[0-9]{0,5})?", parts.path) or not _has_port(parts)):
-        raise ValueError("must end with a port and the number of a database, such as redis://127.0.0.1:6379/0")
-    unknown = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if name not in _REDIS_OPTIONS]
-    if unknown:
-        raise ValueError(f"takes no option but {', '.join(sorted(_REDIS_OPTIONS))}")
-    return value
-
-
-def _has_port(parts: SplitResult) -> bool:
-    try:
-        return parts.port != 0  # None: the usual one
-    except ValueError:
-        return False
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     fal_key: str | None = _setting(
@@ -240,7 +215,7 @@ class Settings:
         "memory://",
         "where limits are counted: `memory://`, or a Redis (`redis://`, `rediss://`, `unix://`) where several "
         "processes serve",
-        _limits_url,
+        redis_url.checked,
         hidden=True,
     )
     public_url: str | None = _setting(
@@ -282,6 +257,16 @@ class Settings:
     )
     upstream_timeout_s: int = _setting(
         "ABHIAPI_UPSTREAM_TIMEOUT_S", "900", "longest wait for fal's answer to a sync call, seconds", _whole(1, 86_400)
+    )
+    fal_concurrency: int = _setting(
+        "ABHIAPI_FAL_CONCURRENCY",
+        "0",
+        "how many sync and stream calls run at fal at once, over all customers (fal allows its accounts 2 to 40); the "
+        "rest waits in a fair queue; `0`: no limit here",
+        _whole(0, 100_000),
+    )
+    fal_queue_s: int = _setting(
+        "ABHIAPI_FAL_QUEUE_S", "5", "how long a call may wait for its turn at fal, seconds", _whole(0, 600)
     )
     max_body_bytes: int = _setting(
         "ABHIAPI_MAX_BODY_BYTES", "104857600", "larger request bodies get 413", _whole(1, 2**40)

@@ -10,6 +10,7 @@ back. ``None`` for an answer means that Redis is away and the caller decides by 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from time import monotonic
@@ -20,12 +21,16 @@ import gevent
 from abhiapi.redis_line import TIMEOUT_S, Command, RedisAway, RedisLine
 from abhiapi.windows import Standing
 
+log = logging.getLogger("abhiapi")
+
 LEASE_S = 45.0  # after which a killed process's places are free
 RENEW_S = 10.0
 WINDOW_S = 60
 TOLD_AT_ONCE = 250  # calls in one command: Redis is not kept from others for long
 RECENT_MAX, LEFT_MAX = 100_000, 20_000
 _MICROS = 1_000_000
+
+Running = Callable[[], Iterable[tuple[int, str]]]
 
 Verdict = Literal["admitted", "at_once", "minute"]
 _VERDICTS: tuple[Verdict, ...] = ("admitted", "at_once", "minute")
@@ -56,6 +61,14 @@ redis.call('ZADD', KEYS[2], now, ARGV[1])
 redis.call('PEXPIRE', KEYS[2], math.ceil(window / 1000))
 return {0, used + 1, resets}
 """  # fmt: skip
+# KEYS: places. ARGV: member, at once (0: only look), lease.
+TAKE = _NOW + _STANDING + """
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+local running = redis.call('ZCARD', KEYS[1])
+if running >= tonumber(ARGV[2]) then return {1, running} end
+place(KEYS[1], ARGV[1], tonumber(ARGV[3]))
+return {0, running + 1}
+"""  # fmt: skip
 # KEYS: places, minute. ARGV: member (none: only look), window.
 LEAVE = _NOW + _STANDING + """
 redis.call('ZREM', KEYS[1], ARGV[1])
@@ -82,7 +95,7 @@ for i, key in ipairs(KEYS) do
   redis.call('PEXPIRE', key, math.ceil(window / 1000))
 end
 """  # fmt: skip
-SCRIPTS = (ENTER, LEAVE, HIT, RENEW, FORGET, RECOUNT)
+SCRIPTS = (ENTER, TAKE, LEAVE, HIT, RENEW, FORGET, RECOUNT)
 _SHA = {script: hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest() for script in SCRIPTS}
 
 
@@ -92,14 +105,14 @@ class SharedCounts:
     def __init__(
         self,
         url: str,
-        running: Callable[[], Iterable[tuple[int, str]]],
+        running: Running,
         *,
         lease_s: float = LEASE_S,
         renew_s: float = RENEW_S,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         """``running``: the calls of this process that hold a place, as (key, member)."""
-        self._running = running
+        self._all_running = [running]
         self._lease = int(lease_s * _MICROS)
         self._lease_s, self._renew_s = lease_s, renew_s
         self._recent: deque[tuple[float, int, str]] = deque(maxlen=RECENT_MAX)  # calls admitted here in the last minute
@@ -146,6 +159,25 @@ class SharedCounts:
         answer = self._ask(LEAVE, (_places(key_id), _minute(key_id)), "", WINDOW_S * _MICROS)
         return None if answer is None else _standing(answer)
 
+    def take(self, key_id: int, member: str, at_once: int) -> tuple[bool, int] | None:
+        """Take a place alone: whether there was one, and how many are taken now. With 0 at once it only looks."""
+        answer = self._ask(TAKE, (_places(key_id),), member, at_once, self._lease)
+        if answer is None:
+            self._left_behind(key_id, member)
+            return None
+        return answer[0] == 0, answer[1]
+
+    def give_back(self, key_id: int, member: str) -> None:
+        """Give a place back without waiting until Redis has heard it."""
+        try:
+            self._line.tell(*_command(FORGET, [_places(key_id)], member))
+        except RedisAway:
+            self._left_behind(key_id, member)
+
+    def also_running(self, running: Running) -> None:
+        """Renew these places too."""
+        self._all_running.append(running)
+
     def hit(self, key: str, member: str, *, amount: int, limit: int, window_s: int) -> tuple[bool, Standing] | None:
         """Count in a window of its own, apart from calls; an amount of 0 only looks."""
         answer = self._ask(HIT, (f"abhiapi:window:{key}",), member, amount, limit, window_s * _MICROS)
@@ -173,9 +205,14 @@ class SharedCounts:
                     self._line.tell(*command)
             except RedisAway:
                 pass  # it will be told when it is back
+            except Exception:  # a bug: without this line long calls would lose their places
+                log.exception("places were not renewed, and will be tried again")
+
+    def _running(self) -> list[tuple[int, str]]:
+        return [place for running in self._all_running for place in running()]
 
     def _renewals(self) -> list[Command]:
-        calls = list(self._running())
+        calls = self._running()
         commands: list[Command] = []
         for start in range(0, len(calls), TOLD_AT_ONCE):
             part = calls[start : start + TOLD_AT_ONCE]

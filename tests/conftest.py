@@ -84,6 +84,13 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
         yield running
 
 
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """One that a test may do anything to."""
+    with RedisServer.started(tmp_path) as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def shared_servers(
     fal: Fal, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest

@@ -4,7 +4,7 @@ Run under `gevent.monkey`, as a server is. Waits longer for Redis than one, sinc
 enter KEY N     that many calls at once: how many were admitted, refused for places, refused for the minute
 leave KEY N     so many of the admitted ones end, or all that there are
 make KEY N      that many calls, one after the other, each ended before the next
-state           whether Redis is in use, and how many decisions were made without it
+state           whether Redis is in use, how many decisions were made without it, and how many calls fal works on
 """
 
 import json
@@ -15,6 +15,8 @@ import gevent
 from gevent.fileobject import FileObject
 
 from abhiapi.errors import AbhiError
+from abhiapi.fairness import Turn
+from abhiapi.gate import Gate
 from abhiapi.limits import CallLimits, Lease
 from abhiapi.settings import Settings
 
@@ -25,6 +27,8 @@ def main(url: str, lease_s: str, renew_s: str, environ: str) -> None:
     limits = CallLimits(
         settings, on_fallback=lambda: alone.append(1), lease_s=float(lease_s), renew_s=float(renew_s), timeout_s=5
     )
+    gate = Gate(settings.fal_concurrency, settings.fal_queue_s, shared=limits.shared)
+    turns: list[Turn | None] = []
     leases: dict[int, list[Lease]] = {}
 
     def enter(key_id: int) -> str:
@@ -41,6 +45,9 @@ def main(url: str, lease_s: str, renew_s: str, environ: str) -> None:
         leases[key_id].pop().release()
         return 1
 
+    def take_turn() -> None:
+        turns.append(gate.enter(1, has_hung_up=lambda: False, before_waiting=lambda: None))
+
     for line in FileObject(sys.stdin.buffer, "rb"):
         command, *words = line.decode().split()
         if command == "enter":
@@ -55,8 +62,15 @@ def main(url: str, lease_s: str, renew_s: str, environ: str) -> None:
                 if outcomes[-1] == "admitted":
                     leave(int(words[0]))
             answer = Counter(outcomes)
+        elif command == "turns":
+            answer = len([gevent.spawn(take_turn) for _ in range(int(words[0]))])
+        elif command == "over":
+            ending = [turns.pop(0) for _ in range(min(len(turns), int(words[0])))]
+            for turn in ending:
+                gate.end(turn)
+            answer = len(ending)
         else:
-            answer = {"shared": limits.is_shared(), "alone": len(alone)}
+            answer = {"shared": limits.is_shared(), "alone": len(alone), "running": len(turns)}
         print(json.dumps(answer), flush=True)
 
 

@@ -20,8 +20,8 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
     for floor in (
         """
         errors money ids days csvtext spent estimates price_terms price_file price_sync pricing metering
-        jsonbytes encodings eventstream
-        wire queuewire webhookwire target addresses redaction
+        jsonbytes encodings eventstream fairness
+        wire queuewire webhookwire target addresses redaction redis_url
         """,
         """
         settings tables committer
@@ -37,7 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
         playground holds price_problems vitals following
         """,
         """
-        limits runtime admission replay
+        limits gate runtime admission replay
         gateway queue_gateway queue_bodies upload_gateway
         settlement reconcile sweep sync fal_bill alerting
         webhook_intake webhook_delivery
@@ -83,6 +83,8 @@ IN_SECONDS = {
     "worker",
     "metrics",
     "polls",
+    "fairness",
+    "gate",
     "redis_line",
     "shared_counts",
     "windows",

@@ -28,6 +28,8 @@ BAD = {
     "ABHIAPI_PRO_RATE_PER_MINUTE": "1e3",
     "ABHIAPI_PRO_CONCURRENCY": "-5",
     "ABHIAPI_UPSTREAM_TIMEOUT_S": "0.5",
+    "ABHIAPI_FAL_CONCURRENCY": "few",
+    "ABHIAPI_FAL_QUEUE_S": "0.5",
     "ABHIAPI_MAX_BODY_BYTES": "100MB",
     "ABHIAPI_FAL_RUN_URL": "ftp://fal.run",
     "ABHIAPI_FAL_QUEUE_URL": "https://user@queue.fal.run",

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
-from typing import Any
 
 import gevent
 import pytest
@@ -20,49 +13,12 @@ import requests
 from abhiapi.errors import RateLimited, TooManyConcurrent
 from abhiapi.limits import CallLimits
 from abhiapi.settings import Settings
-from tests.harness import ROOT, Fal, Server, environment, until
+from tests.harness import Fal, Server, until
+from tests.limits_processes import Child, children
 from tests.redis_server import RedisServer, Relay
 
 LIMITS = {"ABHIAPI_RATE_PER_MINUTE": "30", "ABHIAPI_CONCURRENCY": "5"}
 MANY_AT_ONCE = {"ABHIAPI_RATE_PER_MINUTE": "30", "ABHIAPI_CONCURRENCY": "1000"}
-LEASE_S, RENEW_S = "2", "0.2"
-_keys = count(1)
-
-
-@dataclass
-class Child:
-    """One process with limits of its own over the Redis that all share."""
-
-    popen: subprocess.Popen[str]
-
-    @classmethod
-    @contextmanager
-    def started(cls, url: str, **settings: str) -> Iterator[Child]:
-        module = ["-m", "gevent.monkey", "--module", "tests.limits_child"]
-        command = [sys.executable, *module, url, LEASE_S, RENEW_S, json.dumps(settings)]
-        with subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as popen:
-            try:
-                yield cls(popen)
-            finally:
-                popen.kill()
-
-    def say(self, command: str) -> None:
-        assert self.popen.stdin is not None
-        self.popen.stdin.write(command + "\n")
-        self.popen.stdin.flush()
-
-    def hear(self) -> Any:
-        assert self.popen.stdout is not None
-        return json.loads(self.popen.stdout.readline())
-
-    def ask(self, command: str) -> Any:
-        self.say(command)
-        return self.hear()
-
-    def is_shared(self) -> bool:
-        return bool(self.ask("state")["shared"])
 
 
 def total(children: list[Child], command: str, outcome: str) -> int:
@@ -70,22 +26,6 @@ def total(children: list[Child], command: str, outcome: str) -> int:
     for child in children:
         child.say(command)
     return sum(child.hear().get(outcome, 0) for child in children)
-
-
-@pytest.fixture
-def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
-    """One that a test may do anything to."""
-    with RedisServer.started(tmp_path) as server:
-        yield server
-
-
-@contextmanager
-def children(url: str, number: int, settings: dict[str, str]) -> Iterator[list[Child]]:
-    with ExitStack() as stack:
-        started = [stack.enter_context(Child.started(url, **settings)) for _ in range(number)]
-        for child in started:
-            until(child.is_shared, what="it has found Redis")
-        yield started
 
 
 def test_four_processes_admit_thirty_a_minute_and_five_at_once_and_not_one_more(own_redis: RedisServer) -> None:
