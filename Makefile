@@ -13,6 +13,7 @@ run: ## Serve fal if FAL_KEY is set (here or in .env), else the built-in simulat
 
 test: check ## Everything that has to be true, with coverage of the money modules.
 	@tools/browser
+	@tools/servers
 	$(BIN)/python -m pytest -n auto $(MONEY:%=--cov=abhiapi.%) --cov-report=
 	$(BIN)/python -m coverage report --fail-under=100
 
