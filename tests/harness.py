@@ -223,8 +223,12 @@ class Server:
 
     @classmethod
     def start(cls, folder: Path, fal_url: str, **settings: str) -> Server:
-        """Start on a database in ``folder`` (kept if there is one) and wait until it answers. ``PORT`` may be given."""
+        """Start on a database in ``folder`` (kept if there is one) and wait until it answers.
+
+        ``PORT`` may be given, and ``CWD``, where its .env is; a setting that is empty is not there at all.
+        """
         port = int(settings.pop("PORT", 0)) or free_port()
+        cwd = Path(settings.pop("CWD", ROOT))
         url = settings.setdefault("ABHIAPI_DATABASE_URL", f"sqlite:///{folder / 'abhiapi.db'}")
         if url.startswith("postgresql"):
             settings.setdefault("ABHIAPI_WEBHOOK_KEY", WEBHOOK_KEY)
@@ -242,10 +246,11 @@ class Server:
             }
             | settings
         )
+        env = {name: value for name, value in env.items() if value or name not in settings}
         database = database_at(url)
         migrate(database)
         process = Process.start(
-            ["cli.py", "serve", "--bind", f"127.0.0.1:{port}"], folder / "server.log", env, cwd=ROOT
+            [str(ROOT / "cli.py"), "serve", "--bind", f"127.0.0.1:{port}"], folder / "server.log", env, cwd=cwd
         )
         server = cls(process, f"http://127.0.0.1:{port}", Books(database), folder, env)
         until(lambda: _answers(server.url + "/healthz", process), what="the server answers", within_s=START_S)

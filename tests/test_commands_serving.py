@@ -99,4 +99,5 @@ def test_backup_while_calls_are_served_adds_up_and_restore_is_refused(
     assert made[4].json["entries"] >= made[0].json["entries"]
     other = CommandLine(tmp_path / "other")
     assert other.json("restore", str(tmp_path / "copy-4.db"))["entries"] == made[4].json["entries"]
+    assert other.json("ledger", "verify")["ok"]
     assert cli.json("ledger", "verify")["ok"]
