@@ -33,7 +33,7 @@ def server(
     fal: Fal, tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer, request: pytest.FixtureRequest
 ) -> Iterator[Server]:
     """A server with the limits that the reference page promises, counted in its memory and counted in Redis."""
-    settings = {"ABHIAPI_RATE_PER_MINUTE": "", "ABHIAPI_CONCURRENCY": "", "ABHIAPI_UPSTREAM_TIMEOUT_S": "5"}
+    settings = {"ABHIAPI_RATE_PER_MINUTE": "", "ABHIAPI_CONCURRENCY": "", "ABHIAPI_UPSTREAM_TIMEOUT_S": "55"}
     settings["ABHIAPI_LIMITS_URL"] = redis_server.url() if request.param == "redis" else "memory://"
     with Server.started(tmp_path_factory.mktemp("limits"), fal.url, **settings) as running:
         yield running
