@@ -157,7 +157,7 @@ def _webhook_url(value: str) -> str | None:
     return value
 
 
-def _database_url(value: str) -> str:
+def database_url_of(value: str) -> str:
     if not value:
         return default_database_url()
     try:
@@ -202,7 +202,7 @@ class Settings:
         "",
         "where the ledger is: `sqlite:////absolute/path.db` or `postgresql://user:password@host/name`; unset: "
         "`abhiapi.db` in Flask's instance folder",
-        _database_url,
+        database_url_of,
         hides="a password",
     )
     limits_url: str = _setting("ABHIAPI_LIMITS_URL", "memory://", "where limits are counted", _limits_url)
