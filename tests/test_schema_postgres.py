@@ -95,12 +95,13 @@ def test_checks_keys_and_references_are_the_same() -> None:
 def _triggers(script: str) -> dict[str, tuple[str, str]]:
     """Names, when they fire, and under which condition."""
     found = {}
-    pattern = r"CREATE TRIGGER (\w+) ((?:BEFORE|AFTER) [\w ,]+? ON \w+)(?: FOR EACH ROW)?\s*(?:WHEN (.*?))?\s*(?:BEGIN|EXECUTE)"
-    for name, event, condition in re.findall(pattern, script, re.DOTALL):
+    event = r"(?:BEFORE|AFTER) [\w ,]+? ON \w+"
+    pattern = rf"CREATE TRIGGER (\w+) ({event})(?: FOR EACH ROW)?\s*(?:WHEN (.*?))?\s*(?:BEGIN|EXECUTE)"
+    for name, when, condition in re.findall(pattern, script, re.DOTALL):
         condition = " ".join(condition.split())
         if condition.startswith("(") and condition.endswith(")") and "IN (" not in condition[:6]:
             condition = condition[1:-1]
-        found[name] = (" ".join(event.split()), condition)
+        found[name] = (" ".join(when.split()), condition)
     return found
 
 
