@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-from sqlalchemy import BigInteger, Integer, Text
+from sqlalchemy import BigInteger, Integer, Table, Text
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import Executable
 from sqlalchemy.sql.functions import FunctionElement
@@ -80,6 +80,10 @@ class Tx(ABC):
     @abstractmethod
     def insert(self, statement: Executable, **params: Any) -> int:
         """Run an INSERT into a table with an integer key; the new key."""
+
+    @abstractmethod
+    def load(self, table: Table, rows: Iterator[Row]) -> None:
+        """Write whole rows into a table, in bounded memory; the columns in their order, keys included."""
 
     @abstractmethod
     def dangling(self) -> list[tuple[str, str, int]]:

@@ -19,7 +19,7 @@ from psycopg import sql
 from psycopg.adapt import AdaptersMap, Loader
 from psycopg.pq import TransactionStatus
 from psycopg.types.numeric import Int8Dumper
-from sqlalchemy import URL
+from sqlalchemy import URL, Table
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.sql import Executable
 
@@ -68,6 +68,7 @@ _KEYS_OF = (
     " WHERE c.contype = 'f' AND c.connamespace = current_schema()::regnamespace AND c.conname = %s"
     " AND c.conrelid = %s::regclass"
 )
+_SEQUENCE = "SELECT pg_get_serial_sequence(%s, %s)"
 # Trouble by its SQLSTATE that psycopg does not call operational: read-only (a standby), a session ended for idling.
 _TROUBLES = {"25006", "25P03"}
 _BUSY = {"55P03", "57014", "40001", "40P01"}
@@ -152,6 +153,19 @@ class PostgresTx(Tx):
             cursor.itersize = STEP_ROWS
             cursor.execute(compiled.sql, compiled.arguments(params))
             yield from cursor
+
+    def load(self, table: Table, rows: Iterator[Row]) -> None:
+        columns = [sql.Identifier(column.name) for column in table.columns]
+        into = sql.SQL("COPY {} ({}) FROM STDIN").format(sql.Identifier(table.name), sql.SQL(", ").join(columns))
+        with self._cursor.copy(into) as copy:
+            for row in rows:
+                copy.write_row(row)
+        key = next(iter(table.primary_key)).name
+        found = self._cursor.execute(_SEQUENCE, (table.name, key)).fetchone()
+        if found is not None and found[0] is not None:
+            highest = sql.SQL("SELECT setval(%s::regclass, coalesce(max({}), 0) + 1, false) FROM {}")
+            query = highest.format(sql.Identifier(key), sql.Identifier(table.name))
+            self._cursor.execute(query, found)
 
     def dangling(self) -> list[tuple[str, str, int]]:
         """References are kept by the server; who may switch that off (a superuser) is found out by counting."""

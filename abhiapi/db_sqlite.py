@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import URL, text
+from sqlalchemy import URL, Table, text
 from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql import Executable
@@ -24,6 +24,7 @@ from abhiapi.liveness import FileLock, reap
 T = TypeVar("T")
 
 APPLICATION_ID = 0x41424849  # "ABHI": how we know one of our files
+MOVED_ID = 0x41424D56  # "ABMV": one whose ledger is elsewhere now
 REPLACED = "another file stands where the database was: put the old one back, or restart the server"
 _PRAGMAS = (
     "synchronous = FULL",
@@ -59,6 +60,11 @@ class SqliteTx(Tx):
 
     def insert(self, statement: Executable, **params: Any) -> int:
         return self._execute(statement, params).lastrowid or 0
+
+    def load(self, table: Table, rows: Iterator[Row]) -> None:
+        names = [column.name for column in table.columns]
+        statement = str(table.insert().compile(dialect=self._dialect, column_keys=names))
+        self._connection.executemany(statement, rows)
 
     def dangling(self) -> list[tuple[str, str, int]]:
         return [(row[0], row[1], row[2]) for row in self.all(_DANGLING)]
@@ -275,6 +281,8 @@ def is_trouble(error: BaseException) -> bool:
     A statement that SQLite cannot make sense of (no such table or column, bad syntax) comes as an OperationalError,
     too, with the code SQLITE_ERROR, which no trouble of the disk has. Waiting mends no statement.
     """
+    if isinstance(error, sqlite3.IntegrityError):
+        return str(error) == "this ledger was moved"  # under the hands of whoever had opened it before
     if isinstance(error, sqlite3.OperationalError):
         return getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_ERROR
     return type(error) is sqlite3.DatabaseError

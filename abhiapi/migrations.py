@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 
 from abhiapi.db import CLI_PATIENCE_S, Database, database_at
-from abhiapi.db_sqlite import APPLICATION_ID, SqliteDatabase, translated
+from abhiapi.db_sqlite import APPLICATION_ID, MOVED_ID, SqliteDatabase, translated
 from abhiapi.errors import DatabaseUnavailable, SchemaError
 from abhiapi.settings import Settings
 
@@ -130,6 +130,29 @@ def _make_room(path: Path, has_log: bool) -> None:
         raise SchemaError(f"cannot create the folder of {path}: {error.strerror}") from error
 
 
+def moved_to(database: SqliteDatabase) -> tuple[str, str] | None:
+    """Where a file's ledger is now, and the move that brought it there; None: it is here."""
+    connection = database.connect(busy_timeout_s=CLI_PATIENCE_S)
+    try:
+        return _moved_to(connection)
+    finally:
+        connection.close()
+
+
+def mark_moved(connection: sqlite3.Connection, name: str, number: str) -> None:
+    """In an open transaction: let the file say that its ledger is elsewhere, and take no more writes."""
+    _run(connection, resources.files("abhiapi").joinpath("moved.sql").read_text("utf-8"))
+    connection.execute("INSERT INTO moved VALUES (?, ?)", (name, number))
+    connection.execute(f"PRAGMA application_id = {MOVED_ID}")
+
+
+def _moved_to(connection: sqlite3.Connection) -> tuple[str, str] | None:
+    if connection.execute("PRAGMA application_id").fetchone()[0] != MOVED_ID:
+        return None
+    name, number = connection.execute("SELECT to_name, move FROM moved").fetchone()
+    return str(name), str(number)
+
+
 def schema_sql() -> str:
     return resources.files("abhiapi").joinpath("schema.sql").read_text("utf-8")
 
@@ -153,6 +176,9 @@ def _version(connection: sqlite3.Connection, path: Path) -> int:
         if isinstance(error, sqlite3.OperationalError):
             raise
         raise SchemaError(f"{path} is not a database: {error}") from error
+    moved = _moved_to(connection)
+    if moved is not None:
+        raise SchemaError(f"the ledger of {path} was moved to {moved[0]}: set ABHIAPI_DATABASE_URL to that")
     if tables and application_id != APPLICATION_ID:
         raise SchemaError(f"{path} is a database of some other program; choose another ABHIAPI_DATABASE_URL")
     return version

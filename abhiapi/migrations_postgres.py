@@ -6,15 +6,17 @@ process has, so several may start at once, and an upgrade that fails leaves what
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from typing import LiteralString
 
 import psycopg
+from psycopg import sql
 
-from abhiapi.db import CLI_PATIENCE_S, Database
-from abhiapi.db_postgres import Connection, PostgresDatabase
-from abhiapi.errors import SchemaError
+from abhiapi.db import CLI_PATIENCE_S, Database, Tx
+from abhiapi.db_postgres import Connection, PostgresDatabase, PostgresTx
+from abhiapi.errors import Refused, SchemaError
 
 BORN = 10  # the version that the first PostgreSQL schema had
 # What each later step of `migrations.STEPS` is here: files in upgrades/, which never change once they have shipped.
@@ -24,6 +26,8 @@ SERVER_LEAST = 13
 _BEGIN = "BEGIN; SELECT pg_advisory_xact_lock(1094862921)"  # the turn to write, as every write takes it
 _HAS_VERSION = "SELECT to_regclass('abhiapi_schema') IS NOT NULL"
 _VERSION = "SELECT version FROM abhiapi_schema"
+_ARRIVING = "SELECT arriving, origin FROM abhiapi_schema WHERE arriving IS NOT NULL"
+_OURS = "SELECT relname FROM pg_class WHERE relnamespace = current_schema()::regnamespace AND relkind = 'r'"
 _TABLES = "SELECT count(*) FROM pg_class WHERE relnamespace = current_schema()::regnamespace AND relkind IN ('r', 'p')"
 
 
@@ -71,10 +75,67 @@ def check_server(connection: Connection, name: str) -> None:
 def version_of(connection: Connection, name: str) -> int:
     """The schema's version; 0: the database is empty. Raises `SchemaError` where it is another program's."""
     if _number(connection, _HAS_VERSION):
+        if connection.execute(_ARRIVING).fetchone() is not None:
+            raise SchemaError(f"{name} holds a ledger that has not arrived yet: run `abhiapi migrate-to` again")
         return _number(connection, _VERSION)
     if _number(connection, _TABLES):
         raise SchemaError(f"{name} is a database of some other program; choose another ABHIAPI_DATABASE_URL")
     return 0
+
+
+@contextmanager
+def arrival(target: Database, version: int, number: str, origin: str) -> Iterator[Tx]:
+    """A transaction on empty tables of ours, made here, that leaves them marked as not to be used yet.
+
+    What an earlier try of the same origin left is removed. Raises `Refused` where there is anything else.
+    """
+    assert isinstance(target, PostgresDatabase)
+    connection = target.connect(
+        in_full=True, lock_timeout=f"{CLI_PATIENCE_S}s", idle_in_transaction_session_timeout="0"
+    )
+    try:
+        check_server(connection, target.name)
+        with target.translating():
+            connection.execute(_BEGIN, prepare=False)
+            _clear(connection, target.name, origin)
+            schema = schema_sql().encode()
+            connection.execute(schema, prepare=False)
+            connection.execute(
+                "INSERT INTO abhiapi_schema (version, arriving, origin) VALUES (%s, %s, %s)", (version, number, origin)
+            )
+            yield PostgresTx(connection, target)
+            connection.execute("COMMIT", prepare=False)
+    finally:
+        connection.close()
+
+
+def finish_arrival(target: Database, number: str) -> bool:
+    """What was on its way is here, and may be used; whether it is this one (also when it was here before)."""
+    assert isinstance(target, PostgresDatabase)
+    connection = target.connect(in_full=True)
+    try:
+        with target.translating():
+            if not _number(connection, _HAS_VERSION):
+                return False
+            done = connection.execute("UPDATE abhiapi_schema SET arriving = NULL WHERE arriving = %s", (number,))
+            return done.rowcount == 1
+    finally:
+        connection.close()
+
+
+def _clear(connection: Connection, name: str, origin: str) -> None:
+    """Make room for what arrives. Raises `Refused` where something is that did not come from the same place."""
+    if not _number(connection, _TABLES):
+        return
+    found = connection.execute(_ARRIVING).fetchone() if _number(connection, _HAS_VERSION) else None
+    if found is None:
+        raise Refused(f"{name} is not empty: name a database without content")
+    if found[1] != origin:
+        raise Refused(f"{name} holds a ledger on its way from {found[1]}: end that first, or name another database")
+    names = sql.SQL(", ").join(sql.Identifier(row[0]) for row in connection.execute(_OURS).fetchall())
+    query = sql.SQL("DROP TABLE {} CASCADE").format(names)
+    connection.execute(query)
+    connection.execute("DROP FUNCTION refuse, webhook_follows, job_input_goes")
 
 
 def newer(name: str, version: int, known: int) -> SchemaError:

@@ -7,6 +7,8 @@
 -- The version of this schema, and whose it is.
 CREATE TABLE abhiapi_schema (
     version             BIGINT           NOT NULL CHECK (version > 0),
+    arriving            TEXT,            -- a ledger that is on its way here, and not to be used yet; NULL: it is here
+    origin              TEXT,            -- and where it comes from
     is_only             BOOLEAN          PRIMARY KEY DEFAULT true CHECK (is_only)
 );
 

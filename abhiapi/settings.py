@@ -170,7 +170,7 @@ def _webhook_url(value: str) -> str | None:
     return value
 
 
-def _database_url(value: str) -> str:
+def database_url_of(value: str) -> str:
     if not value:
         return default_database_url()
     try:
@@ -207,7 +207,7 @@ class Settings:
         "",
         "where the ledger is: `sqlite:////absolute/path.db` or `postgresql://user:password@host/name`; unset: "
         "`abhiapi.db` in Flask's instance folder",
-        _database_url,
+        database_url_of,
         hidden=True,
     )
     limits_url: str = _setting(

@@ -56,7 +56,7 @@ DOORS = {
     "cryptography": {"signing"},
     "sqlite3": {"db_sqlite", "migrations", "commands"},
     "psycopg": {"db_postgres", "migrations_postgres"},
-    "sqlalchemy": {"db", "db_base", "db_sqlite", "db_postgres", "tables", "settings", *ROWS},
+    "sqlalchemy": {"db", "db_base", "db_sqlite", "db_postgres", "tables", "settings", "commands.transfer", *ROWS},
     "flask": {"web", "settings"},
     "flask_limiter": {"web"},
     "flask_login": {"web"},

@@ -18,6 +18,7 @@ from abhiapi.commands.doctor import doctor
 from abhiapi.commands.holds import holds
 from abhiapi.commands.keys import keys
 from abhiapi.commands.ledger import ledger
+from abhiapi.commands.migrate_to import migrate_to
 from abhiapi.commands.money import adjust, balance, refund, topup
 from abhiapi.commands.output import Program
 from abhiapi.commands.price_checks import check_prices, replay_prices
@@ -57,7 +58,7 @@ def main() -> None:
 
 for _command in (
     *(serve, accounts, keys, topup, balance, usage, statement, calls, tail, webhooks, holds, ledger, refund, adjust),
-    *(prices, estimate, reconcile, alerts, doctor, backup, restore, sandbox),
+    *(prices, estimate, reconcile, alerts, doctor, backup, restore, migrate_to, sandbox),
 ):
     main.add_command(_command)
 for _command in (sync_prices, diff_prices, check_prices, replay_prices):

@@ -10,10 +10,11 @@ import click
 from abhiapi.commands import library, session
 from abhiapi.commands.options import json_option
 from abhiapi.commands.output import print_one, say
-from abhiapi.errors import DatabaseUnavailable, Refused
+from abhiapi.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
-    from abhiapi.db_sqlite import SqliteDatabase
+    from abhiapi.audit import Finding
+    from abhiapi.db import Database
 
 NOTE_PATIENCE_S = 1  # a backup waits for no writer
 
@@ -26,16 +27,23 @@ def backup(path: Path, as_json: bool) -> None:
 
     PATH is the file to write; an existing one is never overwritten. The copy is one consistent moment of the
     database; it is opened and its ledger recounted before the command says so. It holds no keys and no credential,
-    but everything else about your customers.
+    but everything else about your customers. A backup of PostgreSQL is such a file, too.
 
     \b
     Examples:
       abhiapi backup /var/backups/abhiapi-$(date +%F).db
     """
     from abhiapi.commands import copies
+    from abhiapi.db_sqlite import SqliteDatabase
 
-    database = _file()
-    finding = copies.back_up(database, path)
+    database = library.db.database_at(session.settings().database_url)
+    if isinstance(database, SqliteDatabase):
+        finding = copies.back_up(database, path)
+    else:
+        from abhiapi.commands import transfer
+
+        session.open_database()  # one that is not there is an error, and no empty backup
+        finding = transfer.back_up(database, path)
     try:
         now = session.now_ms()
         database.write(
@@ -61,20 +69,25 @@ def restore(path: Path, as_json: bool) -> None:
 
     PATH is a file that `abhiapi backup` wrote. Its ledger is recounted first; if it does not add up, nothing is
     replaced. Stop the server before: while one runs on the database, restoring is refused. The database that was
-    there is kept beside the new one, as *.replaced-1, -2 and so on.
+    there is kept beside the new one, as *.replaced-1, -2 and so on. A PostgreSQL database has to be without content:
+    make a new one, and let ABHIAPI_DATABASE_URL name it.
 
     \b
     Examples:
       abhiapi restore /var/backups/abhiapi-2026-11-22.db
     """
     from abhiapi.commands import copies
+    from abhiapi.db_sqlite import SqliteDatabase
 
-    database = _file()
-    done = copies.restore(database, path)
+    database = library.db.database_at(session.settings().database_url)
+    if isinstance(database, SqliteDatabase):
+        done = copies.restore(database, path)
+    else:
+        done = copies.Restored(_restore_to_server(database, path), None)
     if done.replaced is not None:
         say(f"what was written after that backup is in {done.replaced} only")
     shape = {
-        "database": str(database.path),
+        "database": database.name,
         "restored_from": str(path.absolute()),
         "accounts": done.finding.accounts,
         "entries": done.finding.entries,
@@ -83,11 +96,9 @@ def restore(path: Path, as_json: bool) -> None:
     print_one(shape, as_json=as_json)
 
 
-def _file() -> SqliteDatabase:
-    """The database of the settings, which has to be a file. Raises `Refused`."""
-    from abhiapi.db_sqlite import SqliteDatabase
+def _restore_to_server(database: Database, path: Path) -> Finding:
+    from abhiapi.commands import transfer
+    from abhiapi.db_postgres import PostgresDatabase
 
-    database = library.db.database_at(session.settings().database_url)
-    if not isinstance(database, SqliteDatabase):
-        raise Refused(f"{database.name} is no file: use pg_dump and pg_restore")
-    return database
+    assert isinstance(database, PostgresDatabase)
+    return transfer.restore(database, path)

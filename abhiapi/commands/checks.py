@@ -124,16 +124,16 @@ def _open_files() -> Check:
 
 def _webhook_key(settings: Settings, database: Database) -> Check:
     file = settings.kept_beside("webhook-key")
+    if settings.webhook_key is None and database.engine != "sqlite":
+        return Check(
+            "webhook key", "warn", f"{file}, on this machine alone: where several serve, set ABHIAPI_WEBHOOK_KEY on all"
+        )
     if settings.webhook_key is None and not file.exists():
         return Check("webhook key", "ok", f"{file} is made at the first start")
     try:
         signing.load(settings.webhook_key, file)
     except SettingsError as error:
         return Check("webhook key", "fail", error.message)
-    if settings.webhook_key is None and database.engine != "sqlite":
-        return Check(
-            "webhook key", "warn", f"{file}, on this machine alone: where several serve, set ABHIAPI_WEBHOOK_KEY on all"
-        )
     return Check(
         "webhook key", "ok", "ABHIAPI_WEBHOOK_KEY" if settings.webhook_key else f"{file}: keep it with backups"
     )

@@ -11,7 +11,8 @@ import fcntl
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -54,13 +55,39 @@ def back_up(database: SqliteDatabase, target: Path) -> Finding:
     return finding
 
 
+def new_file(target: Path, write: Callable[[SqliteDatabase], None]) -> Finding:
+    """A new database file that somebody fills, there only when it was verified. Raises `Refused`."""
+    if os.path.lexists(target):
+        raise Refused(f"{target} exists already, and a backup never overwrites anything: choose another name")
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    with _file_trouble(f"cannot write {target}"), _removed_at_the_end(partial):
+        made = SqliteDatabase.at(partial)
+        write(made)
+        finding = _verified(made, partial, f"the copy in {target}")
+        _put_in_new_place(partial, target)
+    return finding
+
+
+@contextlib.contextmanager
+def brought_up_to_date(backup: Path) -> Iterator[SqliteDatabase]:
+    """A passing copy of a backup in this program's version. Raises `Refused`."""
+    if not backup.is_file():
+        raise Refused(f"there is no file {backup}")
+    with tempfile.TemporaryDirectory() as folder, _file_trouble(f"cannot read {backup}"):
+        copy = Path(folder) / "arriving.db"
+        _copy_from_file(backup, copy)
+        made = SqliteDatabase.at(copy)
+        migrate(made)
+        yield made
+
+
 def restore(database: SqliteDatabase, backup: Path) -> Restored:
     """Put a backup in the database's place, after its ledger was verified. Raises `Refused`, with nothing replaced."""
     if not backup.is_file():
         raise Refused(f"there is no file {backup}")
     if database.path.exists() and backup.samefile(database.path):
         raise Refused(f"{backup} is the database itself")
-    _check_nobody_serves(database.path)
+    check_nobody_serves(database.path, "restore")
     arriving = database.path.with_name(f"{database.path.name}.restoring-{os.getpid()}")
     with _file_trouble(f"cannot put {backup} in the place of {database.path}"), _removed_at_the_end(arriving):
         database.path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,13 +146,13 @@ def _verified(database: SqliteDatabase, path: Path, name: str) -> Finding:
     return finding
 
 
-def _check_nobody_serves(path: Path) -> None:
+def check_nobody_serves(path: Path, why: str) -> None:
     """Refuse while a server has the database open: it would go on writing to the file that is put aside."""
     for lock in path.parent.glob(f"{path.name}.*"):
         number = lock.name.removeprefix(f"{path.name}.process-")
         starting = lock.name.startswith(f"{path.name}.starting-")
         if (number.isdecimal() and not reap(path, int(number), os.getpid())) or (starting and _is_locked(lock)):
-            raise Refused(f"a server is running on {path}: stop it first, then restore")
+            raise Refused(f"a server is running on {path}: stop it first, then {why}")
 
 
 def _is_locked(path: Path) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from abhiapi.db import CLI_PATIENCE_S, Database
-from abhiapi.db_sqlite import APPLICATION_ID, SqliteDatabase
+from abhiapi.db_sqlite import APPLICATION_ID, MOVED_ID, SqliteDatabase
 from abhiapi.errors import AbhiError, DatabaseUnavailable
 from abhiapi.migrations import VERSION
 
@@ -99,7 +99,9 @@ def _file(database: SqliteDatabase) -> Check:
             "database", "fail", f"{database.path} cannot be read ({error}): if it is damaged, restore a backup"
         )
     problem = None
-    if application_id != APPLICATION_ID:
+    if application_id == MOVED_ID:
+        problem = "was moved to PostgreSQL: set ABHIAPI_DATABASE_URL to that (any other command names it)"
+    elif application_id != APPLICATION_ID:
         problem = "is not AbhiAPI's: check ABHIAPI_DATABASE_URL"
     elif version != VERSION:
         problem = _of_another_version(version)

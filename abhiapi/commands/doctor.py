@@ -62,7 +62,8 @@ def _all(offline: bool) -> Iterator[Check]:
     if sound.get("database"):
         database = library.db.database_at(settings.database_url)
         try:
-            yield from database.read(lambda tx: checks_books.examine(tx, settings, session.now_ms()))
+            now = session.now_ms()
+            yield from database.read(lambda tx: checks_books.examine(tx, settings, now, is_dead=database.is_dead))
         except AbhiError as error:
             yield checks.Check("books", "fail", error.message)
     if not offline:
