@@ -54,6 +54,8 @@ def _admitted(rt: Runtime, caller: keys.Caller, call_id: int, request: Request, 
         has_hung_up=request.has_hung_up,
         before_waiting=lambda: admission.check_credit(rt, caller, open_call, basis=ceiling.basis),
     )
+    if turn is not None:
+        times.without(turn.waited_s)
     try:
         admission.hold(rt, caller, open_call, price, mode, request.claim, basis=ceiling.basis)
     except BaseException:

@@ -36,6 +36,11 @@ class Times:
     settled: float = 0
     traceparent: str | None = None
 
+    def without(self, waited_s: float) -> None:
+        """Leave out what a call waited for its turn at fal before its hold: others' calls took it, not this service."""
+        self.arrived += waited_s
+        self.held_from += waited_s
+
     @property
     def fal_s(self) -> float:
         return self.answered - self.sent

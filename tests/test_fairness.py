@@ -12,6 +12,7 @@ import requests
 from abhiapi.errors import UpstreamBroken, UpstreamBusy, UpstreamUnreachable
 from abhiapi.fairness import RAISE_S, RETRY_AFTER_MAX_S, Turn, Turns
 from abhiapi.gate import Gate
+from abhiapi.telemetry import Times
 from tests import raw_http
 from tests.harness import Fal, Server, until
 from tests.limits_processes import children
@@ -277,6 +278,12 @@ def test_a_hold_that_is_refused_gives_its_turn_back(house: House) -> None:
     _, house.key = house.books.account(1)
     assert house.call().status == 402
     house.rt.gate.end(enter(house.rt.gate))
+
+
+def test_a_wait_for_a_turn_is_not_time_that_this_service_added() -> None:
+    times = Times(arrived=10, held_from=20, sent=21, answered=30, settled=31)
+    times.without(8)
+    assert (times.added_s, times.fal_s, times.held_from) == (4, 9, 28)
 
 
 def test_fals_own_refusal_lowers_the_limit_and_is_passed_on(house: House) -> None:
