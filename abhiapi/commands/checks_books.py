@@ -5,7 +5,8 @@ Looks only. Each check answers how things are and, where they are not well, what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 
 from abhiapi import accounts, alerts, fal_bill, price_problems, prices, pricing, processes, reports, serving, vitals
 from abhiapi.commands.checks import Check
@@ -23,11 +24,11 @@ COMPARED_OLD_MS = 4 * DAY_MS  # a comparison reads to a day or so ago
 GRAVE = ("fal_account", "parked_charge")
 
 
-def examine(tx: Tx, settings: Settings, now_ms: int, *, is_dead: Callable[[int, int], bool]) -> list[Check]:
-    """``is_dead`` tells whether a process, by its number and pid, no longer lives (`Database.is_dead`)."""
+def examine(tx: Tx, settings: Settings, now_ms: int, *, are_pids_ours: bool) -> list[Check]:
+    """``are_pids_ours``: whether all that serve this database run on this machine."""
     seen = vitals.read(tx, bill_bookmark=fal_bill.BOOKMARK)
     return [
-        _work(tx, seen, settings, now_ms, is_dead),
+        _work(tx, seen, settings, now_ms, are_pids_ours),
         *_alerts(tx),
         _backups(seen, settings, now_ms),
         _bill(seen, now_ms),
@@ -36,9 +37,9 @@ def examine(tx: Tx, settings: Settings, now_ms: int, *, is_dead: Callable[[int, 
     ]
 
 
-def _work(tx: Tx, seen: Vitals, settings: Settings, now_ms: int, is_dead: Callable[[int, int], bool]) -> Check:
+def _work(tx: Tx, seen: Vitals, settings: Settings, now_ms: int, are_pids_ours: bool) -> Check:
     """Whether somebody settles what customers do not come back for."""
-    serving_now = [process_id for process_id, pid in processes.running(tx) if not is_dead(process_id, pid)]
+    serving_now = [process_id for process_id, pid in processes.running(tx) if not are_pids_ours or _lives(pid)]
     waiting = sum(holds.count for state, holds in seen.holds.items() if state != "unknown")
     noted_at = done_at(tx, vitals.ROUND)
     if not serving_now:
@@ -52,6 +53,16 @@ def _work(tx: Tx, seen: Vitals, settings: Settings, now_ms: int, is_dead: Callab
             f"a server runs, and its reconciler last came through at {time_text(noted_at)}: see its log, restart it",
         )  # fmt: skip
     return Check("reconciler", "ok", "it came through a moment ago" if noted_at else "it has not come through yet")
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _alerts(tx: Tx) -> Iterator[Check]:

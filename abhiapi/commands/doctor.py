@@ -63,7 +63,8 @@ def _all(offline: bool) -> Iterator[Check]:
         database = library.db.database_at(settings.database_url)
         try:
             now = session.now_ms()
-            yield from database.read(lambda tx: checks_books.examine(tx, settings, now, is_dead=database.is_dead))
+            is_file = settings.database_url.startswith("sqlite")
+            yield from database.read(lambda tx: checks_books.examine(tx, settings, now, are_pids_ours=is_file))
         except AbhiError as error:
             yield checks.Check("books", "fail", error.message)
     if not offline:
