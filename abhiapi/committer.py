@@ -29,7 +29,7 @@ log = logging.getLogger("abhiapi")
 
 GROUP_MAX = 256  # operations in one transaction; keeps a commit short whatever has queued up
 RETRY_FIRST_S, RETRY_MAX_S = 0.001, 0.05
-CLOSE_PATIENCE_S = 1  # what waited has been tried for longer than this, or is written at once
+CLOSE_PATIENCE_S = 1  # how long a writer that ends goes on trying while the database is in trouble
 TURN_S = 1  # how long one wait for a turn lasts, where waiting stops nobody else
 ANSWER_S = 20  # a database that has not answered within this time is not there
 
@@ -58,6 +58,7 @@ class GroupCommitter:
         self._place = database.place()
         self._thread = ThreadPool(1)
         self._session: Session | None = None
+        self._closes_by: float | None = None
         self._greenlet = gevent.spawn(self._run)
 
     def write(self, op: Callable[[Tx], T], *, patience_s: float) -> T:
@@ -65,8 +66,10 @@ class GroupCommitter:
 
         ``op`` may be run again if the database was busy, so it does nothing but use its `Tx`. Raises what ``op``
         raises (its writes are undone, its neighbours' are not), and `DatabaseUnavailable` when the database could
-        not take the write within ``patience_s``.
+        not take the write within ``patience_s``, or the writer has been closed.
         """
+        if self._closes_by is not None:
+            raise DatabaseUnavailable("this process is ending", retry_after_s=2)
         ticket = _Ticket(op, monotonic() + patience_s)
         self._waiting.append(ticket)
         self._wake.set()
@@ -77,18 +80,19 @@ class GroupCommitter:
         return result
 
     def close(self) -> None:
-        """Write what is waiting, then stop. Called once nothing can hand in more."""
-        try:
-            self.write(lambda tx: None, patience_s=CLOSE_PATIENCE_S)
-        except DatabaseUnavailable as error:  # those who waited were told the same
-            log.warning("closed while the database could not be used: %s", error.message)
-        finally:
-            self._greenlet.kill()
-            self._disconnect()
-            self._thread.kill()
+        """Write what is waiting, then stop; whoever comes later is refused.
+
+        The writer ends by itself: killed in the middle of a commit it would not know what came of it.
+        """
+        self._closes_by = monotonic() + CLOSE_PATIENCE_S
+        self._wake.set()
+        self._greenlet.join(CLOSE_PATIENCE_S + ANSWER_S)
+        self._greenlet.kill(block=False)  # it waits for a database that says nothing
+        self._disconnect()
+        self._thread.kill()
 
     def _run(self) -> None:
-        while True:
+        while self._closes_by is None or self._waiting:
             self._wake.wait()
             self._wake.clear()
             pending: deque[_Ticket] = deque()
@@ -121,8 +125,9 @@ class GroupCommitter:
         if not isinstance(trouble, Busy):
             self._disconnect()  # whatever it was, a fresh connection sees the database as it is then
         now = monotonic()
+        is_over = self._closes_by is not None and self._closes_by <= now
         for ticket in pending:
-            if ticket.deadline <= now and not ticket.done.is_set():
+            if (is_over or ticket.deadline <= now) and not ticket.done.is_set():
                 ticket.error = trouble
                 ticket.done.set()
         return deque(ticket for ticket in pending if not ticket.done.is_set())

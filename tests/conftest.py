@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from playwright.sync_api import Browser
 
 from abhiapi import runtime
@@ -24,7 +25,11 @@ from tests.postgres import Postgres, shared
 from tests.redis_server import RedisServer
 from tests.scripted import House, ScriptedFal
 
+METRICS_TOKEN = "of-the-tests"
 STRICT_BODY_BYTES = 300_000  # more than a body that is kept in memory
+# How long an example took says how busy the machine is, and nothing of the code.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.fixture
@@ -124,7 +129,11 @@ def strict_server(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture(scope="session")
 def dashboard(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server for people: it believes one proxy in front, so that each of them can have an address."""
-    settings = {"ABHIAPI_TRUSTED_PROXIES": "1", "ABHIAPI_WEBHOOK_ALLOW_LOOPBACK": "1"}
+    settings = {
+        "ABHIAPI_TRUSTED_PROXIES": "1",
+        "ABHIAPI_WEBHOOK_ALLOW_LOOPBACK": "1",
+        "ABHIAPI_METRICS_TOKEN": METRICS_TOKEN,
+    }
     with Server.started(tmp_path_factory.mktemp("dashboard"), fal.url, **settings) as running:
         yield running
 

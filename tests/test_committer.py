@@ -49,6 +49,7 @@ def test_a_write_is_seen_by_others_when_it_returns(database: Database, writer: G
     assert names(database) == ["ann"]
 
 
+@pytest.mark.engines("sqlite")
 def test_closing_beside_another_process_that_writes_is_no_error(database: Database) -> None:
     """`abhiapi reconcile` closed its writer while a server committed, and failed with «locked» after all was done."""
     made = GroupCommitter(database)

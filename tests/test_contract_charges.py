@@ -342,10 +342,10 @@ def test_fifty_at_once_with_credit_for_five(shared_server: Server, fal: Fal, boo
     name, key = books.account(5 * KLING_MICROS // 1000)
     body = {"prompt": f"fifty at once by {name}", "duration": "5"}
     with ThreadPoolExecutor(50) as pool:
-        calls = [pool.submit(shared_server.post, key, KLING, body, weather="hold_until=fifty") for _ in range(50)]
+        calls = [pool.submit(shared_server.post, key, KLING, body, weather=f"hold_until={name}") for _ in range(50)]
         until(lambda: sum(call.done() for call in calls) >= 45, what="those without credit are refused")
         assert books.standing(name) == (5 * KLING_MICROS, 5 * KLING_MICROS)
-        fal.release("fifty")
+        fal.release(name)
         statuses = sorted(call.result().status_code for call in calls)
     assert statuses == [200] * 5 + [402] * 45
     assert len(fal.calls(f"fifty at once by {name}", last=200)) == 5

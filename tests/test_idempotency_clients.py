@@ -205,7 +205,11 @@ def test_fals_python_client_that_is_told_429_makes_no_job_of_it(fal: Fal, tmp_pa
     front = TlsFront(tmp_path)
     with (
         Server.started(
-            tmp_path, fal.url, ABHIAPI_CONCURRENCY="1", ABHIAPI_PUBLIC_URL=f"https://{front.address}"
+            tmp_path,
+            fal.url,
+            ABHIAPI_CONCURRENCY="1",
+            ABHIAPI_PUBLIC_URL=f"https://{front.address}",
+            ABHIAPI_METRICS_TOKEN="token",
         ) as server,
         ThreadPoolExecutor(2) as pool,
     ):
@@ -218,7 +222,11 @@ def test_fals_python_client_that_is_told_429_makes_no_job_of_it(fal: Fal, tmp_pa
         env = site.env(PROMPT=prompt)
         client = pool.submit(ran, [sys.executable, str(CLIENTS / "python_repeats.py")], env)
         refused = 'abhiapi_refused_total{type="too_many_concurrent"}'
-        until(lambda: refused in requests.get(server.url + "/metrics", timeout=10).text, what="the client was refused")
+        token = {"Authorization": "Bearer token"}
+        until(
+            lambda: refused in requests.get(server.url + "/metrics", headers=token, timeout=10).text,
+            what="the client was refused",
+        )
         assert fal.calls(prompt) == []
         fal.release("busy-no-more")
         assert busy.result().status_code == 200

@@ -146,9 +146,14 @@ def test_every_secret_setting_is_one_that_is_hidden() -> None:
     from dataclasses import fields
 
     marks = {item.metadata["variable"].name for item in fields(Settings) if not item.repr}
-    values = {name: HOOK if name == "ABHIAPI_WEBHOOK_KEY" else f"https://h/{name}-{'x' * 32}" for name in marks}
-    hidden = Redactor(Settings.from_env(values).secrets)
-    for name, value in values.items():
+    secrets = {name: HOOK if name == "ABHIAPI_WEBHOOK_KEY" else f"https://h/{name}-{'x' * 32}" for name in marks}
+    secrets |= {"ABHIAPI_DATABASE_URL": "of-the-database", "ABHIAPI_LIMITS_URL": "of-the-limits"}
+    urls = {
+        "ABHIAPI_DATABASE_URL": "postgresql://me:of-the-database@h/n",
+        "ABHIAPI_LIMITS_URL": "redis://:of-the-limits@h/0",
+    }
+    hidden = Redactor(Settings.from_env(secrets | urls).secrets)
+    for name, value in secrets.items():
         assert value not in hidden(f"it is {value}"), name
 
 

@@ -11,6 +11,7 @@ import requests
 from abhiapi import accounts, users
 from abhiapi.db import Tx
 from abhiapi.web.pages import safety
+from tests.conftest import METRICS_TOKEN
 from tests.harness import Fal, Server
 from tests.people import (
     PASSWORD,
@@ -205,7 +206,9 @@ def test_the_operator_sees_how_often_people_get_in_and_do_not(server: Server) ->
     """`abhiapi_sign_ins_total`: done, failed and throttled, and nothing of whom."""
 
     def counted() -> dict[str, int]:
-        text = requests.get(f"{server.url}/metrics", timeout=30).text
+        text = requests.get(
+            f"{server.url}/metrics", headers={"Authorization": f"Bearer {METRICS_TOKEN}"}, timeout=30
+        ).text
         return {end: int(found) for end, found in re.findall(r'abhiapi_sign_ins_total\{end="(\w+)"\} (\d+)', text)}
 
     before = counted()

@@ -156,7 +156,7 @@ def test_a_submit_whose_answer_was_cut_keeps_its_hold(
 ) -> None:
     """Rows 29 and 30 of B3: fal accepted the job, the id was lost: never sent again, the operator's to look into."""
     account, key = books.account(1000)
-    prompt = f"cut {drop} {dialect}"
+    prompt = f"cut {drop} {dialect} {account}"
     cut = Jobs(shared_server, key, dialect=dialect).submit(body={**CAT, "prompt": prompt}, weather=f"drop={drop}")
     assert cut.status_code == status
     (call,) = books.calls(account)

@@ -23,6 +23,12 @@ def serving(server: Server) -> int:
     return server.process.output().count("AbhiAPI serves")
 
 
+def called_with(server: Server, key: str, fal: Fal, marker: str) -> str:
+    """The credential that a call made now came to fal with."""
+    assert server.post(key, body={"prompt": marker}).status_code == 200
+    return credentials(fal, marker)[-1]
+
+
 def test_a_new_credential_is_taken_without_a_restart(fal: Fal, tmp_path: Path) -> None:
     """The call that runs ends under the old one and is charged; the next goes under the new; no line shows either."""
     file = tmp_path / "fal-key"
@@ -39,7 +45,9 @@ def test_a_new_credential_is_taken_without_a_restart(fal: Fal, tmp_path: Path) -
         until(lambda: fal.calls(before), what="fal has the call")
         file.write_text(NEW + "\n")
         server.process.popen.send_signal(signal.SIGHUP)
-        until(lambda: serving(server) == 2, what="a new worker serves")
+        _, other = server.books.account(1000)
+        probe = f"probe {tmp_path.name}"
+        until(lambda: called_with(server, other, fal, probe) == f"Key {NEW}", what="the new worker takes all calls")
         assert server.post(key, body={"prompt": after}).status_code == 200
         fal.release(tmp_path.name)
         running.join(60)
@@ -71,6 +79,5 @@ def test_a_reload_with_bad_settings_is_refused_and_the_server_goes_on(fal: Fal, 
         dotenv.write_text(f"FAL_KEY={NEW}\n")
         server.process.popen.send_signal(signal.SIGHUP)
         until(lambda: serving(server) == 2, what="the next reload works")
-        assert server.post(key, body={"prompt": marker}).status_code == 200
-        assert credentials(fal, marker) == [f"Key {NEW}"]
+        until(lambda: called_with(server, key, fal, marker) == f"Key {NEW}", what="the old worker takes no more calls")
         assert server.process.stop() == 0
