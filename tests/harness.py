@@ -56,6 +56,11 @@ def until(condition: Callable[[], T], *, what: str, within_s: float = 20) -> T:
     return reached
 
 
+def own(name: str) -> str:
+    """A name for the simulator that no other test has, nor the same one on another engine."""
+    return f"{name}-{os.getpid()}-{next(_numbers)}"
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]

@@ -16,7 +16,7 @@ import requests
 
 from abhiapi import prices, reports
 from tests import raw_http
-from tests.harness import Books, Fal, Server, free_port, until
+from tests.harness import Books, Fal, Server, free_port, own, until
 
 pytestmark = pytest.mark.engines
 
@@ -272,12 +272,13 @@ def test_a_hang_up_in_the_middle_of_an_answer_changes_nothing(
 
 def test_hundreds_of_hang_ups_leave_nothing_behind(shared_server: Server, fal: Fal, books: Books) -> None:
     """No lease, no thread, no socket, no hold."""
+    gate = own("hang-ups")
     name, key = books.account(300 * 27)
     (worker,) = psutil.Process(shared_server.process.popen.pid).children()
-    fal.release("hang-ups")
+    fal.release(gate)
     shared_server.post(key, weather="size_bytes=300000")
     threads, port = worker.num_threads(), int(shared_server.url.rpartition(":")[2])
-    weathers = ("size_bytes=300000", "hold_until=hang-ups", "size_bytes=300000; chunked=1", "body=binary")
+    weathers = ("size_bytes=300000", f"hold_until={gate}", "size_bytes=300000; chunked=1", "body=binary")
     for number in range(299):
         sock = raw_http.connect(shared_server.url)
         sock.sendall(raw_http.request_bytes(key, x_fal_sandbox=weathers[number % 4]))
@@ -318,10 +319,11 @@ def test_a_charge_above_its_hold_is_charged_in_full_and_the_next_call_is_refused
 
 
 def test_the_price_at_admission_counts(shared_server: Server, fal: Fal, books: Books) -> None:
+    gate = own("price-change")
     name, key = books.account(CREDITS)
     path = "/fal-ai/flux-realism"
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(shared_server.post, key, path, weather="units=2; hold_until=price-change")
+        running = pool.submit(shared_server.post, key, path, weather=f"units=2; hold_until={gate}")
         until(lambda: books.standing(name)[1], what="the call is admitted")
         books.write(
             lambda tx: prices.set_own(
@@ -330,7 +332,7 @@ def test_the_price_at_admission_counts(shared_server: Server, fal: Fal, books: B
             )
         )  # fmt: skip
         assert requests.get(f"{shared_server.url}/v1/prices", timeout=10).ok
-        fal.release("price-change")
+        fal.release(gate)
         assert billing(running.result())["credits_used"] == Decimal("73.5")  # 2 x 0.035 USD and 5 percent
     assert books.calls(name)[0].unit_price_usd == "0.03675"
     after = shared_server.post(key, path, weather="units=2")

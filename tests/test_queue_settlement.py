@@ -21,7 +21,7 @@ from abhiapi.errors import BadAmount
 from abhiapi.metering import Verdict
 from abhiapi.money import Micros
 from abhiapi.settings import Settings
-from tests.harness import OPERATOR_KEY, WEBHOOK_KEY, Books, Fal, Server, until
+from tests.harness import OPERATOR_KEY, WEBHOOK_KEY, Books, Fal, Server, own, until
 from tests.test_queue import CAT, FLUX_MICROS, Jobs
 
 pytestmark = pytest.mark.engines
@@ -92,15 +92,16 @@ def test_an_answer_without_units_is_computed_from_what_was_asked(shared_server: 
 
 
 def test_a_result_before_the_end_is_fals_400_and_free(shared_server: Server, books: Books, fal: Fal) -> None:
+    gate = own("not-ready-yet")
     account, key = books.account(1000)
     customer = Jobs(shared_server, key)
-    request_id = customer.job(weather="hold_until=not-ready-yet; queue_s=0")
+    request_id = customer.job(weather=f"hold_until={gate}; queue_s=0")
     early = customer.result(request_id)
     assert early.status_code == 400
     assert early.json()["detail"] == "Request is still in progress"
     assert early.json()["_billing"]["credits_used"] == 0
     assert books.calls(account)[0].state == "sent"
-    fal.release("not-ready-yet")
+    fal.release(gate)
     customer.completed(request_id)
     assert books.calls(account)[0].charged_micros == FLUX_MICROS
 
@@ -123,13 +124,14 @@ def test_a_job_cancelled_in_the_queue_costs_nothing(shared_server: Server, books
 
 def test_a_job_that_finishes_all_the_same_is_charged(shared_server: Server, books: Books, fal: Fal) -> None:
     """Row 42 of B5, and fal-protocol 10.5: a cancel is no refund."""
+    gate = own("finishes")
     account, key = books.account(1000)
     customer = Jobs(shared_server, key)
-    request_id = customer.job(weather="hold_until=finishes; queue_s=0; ignores_cancel=1")
+    request_id = customer.job(weather=f"hold_until={gate}; queue_s=0; ignores_cancel=1")
     until(lambda: customer.status(request_id).json()["status"] == "IN_PROGRESS", what="it runs")
     assert customer.cancel(request_id).status_code == 202
     assert books.standing(account) == (1_000_000, FLUX_MICROS)
-    fal.release("finishes")
+    fal.release(gate)
     customer.completed(request_id)
     assert books.calls(account)[0].charged_micros == FLUX_MICROS
 
@@ -214,9 +216,10 @@ def test_a_poll_survives_trouble_on_the_way(shared_server: Server, books: Books,
 
 def test_a_poll_that_fal_does_not_answer_may_be_repeated(shared_server: Server, books: Books, fal: Fal) -> None:
     """502 even for fal's own clients, which repeat it: the job is still there, and is charged once it is seen."""
+    gate = own("fal-is-back")
     account, key = books.account(1000)
     customer = Jobs(shared_server, key)
-    request_id = customer.job(weather="queue_s=0; hold_until=fal-is-back")
+    request_id = customer.job(weather=f"queue_s=0; hold_until={gate}")
     match = f"queue/status/{request_id}"
     ordered = [{"match": match, "drop": "before_headers"}] * 40
     requests.post(fal.url + "/_sandbox/weather", json=ordered, timeout=10).raise_for_status()
@@ -224,7 +227,7 @@ def test_a_poll_that_fal_does_not_answer_may_be_repeated(shared_server: Server, 
     assert refused == 502
     assert books.calls(account)[0].state == "sent"
     requests.delete(fal.url + "/_sandbox/weather", timeout=10).raise_for_status()
-    fal.release("fal-is-back")
+    fal.release(gate)
     assert customer.completed(request_id).json()["_billing"]["credits_used"] == 26.25
 
 
@@ -234,6 +237,7 @@ def coming(fal: Fal) -> str:
 
 def test_the_price_is_that_of_the_submit(shared_server: Server, books: Books, fal: Fal) -> None:
     """Row 39 of B5."""
+    gate = own("price-changed")
     model = "fal-ai/flux/schnell"
     account, key = books.account(1000)
 
@@ -247,9 +251,9 @@ def test_the_price_is_that_of_the_submit(shared_server: Server, books: Books, fa
 
     set_price("0.01")
     customer = Jobs(shared_server, key)
-    request_id = customer.job(path=f"/queue/{model}", weather="hold_until=price-changed; units=1")
+    request_id = customer.job(path=f"/queue/{model}", weather=f"hold_until={gate}; units=1")
     set_price("7")
-    fal.release("price-changed")
+    fal.release(gate)
     customer.completed(request_id)
     (call,) = books.calls(account)
     assert (call.charged_micros, call.unit_price_usd) == (10_000, "0.01")
@@ -270,16 +274,17 @@ def test_a_job_that_nobody_asks_about_is_settled(fal: Fal, tmp_path: Path) -> No
 
 
 def test_jobs_of_a_killed_server_are_settled_by_the_next(fal: Fal, tmp_path: Path) -> None:
+    gate = own("server-killed")
     server = Server.start(tmp_path, fal.url, ABHIAPI_RECONCILE_INTERVAL_S="1")
     try:
         account, key = server.books.account(5000)
         customer = Jobs(server, key)
         with ThreadPoolExecutor(16) as pool:
-            list(pool.map(lambda _: customer.job(weather="hold_until=server-killed"), range(50)))
+            list(pool.map(lambda _: customer.job(weather=f"hold_until={gate}"), range(50)))
         assert server.books.standing(account) == (5_000_000, 50 * FLUX_MICROS)
     finally:
         server.process.kill()
-    fal.release("server-killed")
+    fal.release(gate)
     with Server.started(tmp_path, fal.url, ABHIAPI_RECONCILE_INTERVAL_S="1") as again:
         until(lambda: again.books.standing(account)[1] == 0, what="no hold is left")
         assert {call.state for call in again.books.calls(account)} == {"settled"}
@@ -387,18 +392,20 @@ def test_many_settlers_of_one_job_end_it_once(rt: runtime.Runtime, fal: Fal, dat
 
 
 def test_a_round_leaves_running_jobs_alone(rt: runtime.Runtime, fal: Fal, database: Database) -> None:
+    gate = own("a-round-passed")
     books = Books(database)
-    account, _ = placed(rt, fal, books, 2, weather="hold_until=a-round-passed")
+    account, _ = placed(rt, fal, books, 2, weather=f"hold_until={gate}")
     done = reconcile.run_once(rt)
     assert (done.looked_at, done.ended, done.failed) == (2, 0, 0)
     assert books.standing(account)[1] == 2 * FLUX_MICROS
-    fal.release("a-round-passed")
+    fal.release(gate)
 
 
 def test_a_round_waits_for_many_answers_at_once(rt: runtime.Runtime, fal: Fal, database: Database) -> None:
     """Row 40 of B5: with fal far away a round over many jobs takes hardly longer than one look."""
+    gate = own("never-far-away")
     books = Books(database)
-    placed(rt, fal, books, reconcile.AT_ONCE, weather="poll_delay_s=0.5; hold_until=never-far-away", credits=10_000)
+    placed(rt, fal, books, reconcile.AT_ONCE, weather=f"poll_delay_s=0.5; hold_until={gate}", credits=10_000)
     started = time.monotonic()
     done = reconcile.run_once(rt)
     assert (done.looked_at, done.ended, done.failed) == (reconcile.AT_ONCE, 0, 0)
@@ -479,13 +486,14 @@ def test_one_id_is_one_call(rt: runtime.Runtime, fal: Fal, database: Database) -
 
 @pytest.mark.engines("sqlite")
 def test_a_sweep_leaves_jobs_to_the_reconciler(rt: runtime.Runtime, fal: Fal, database: Database) -> None:
+    gate = own("swept")
     books = Books(database)
-    account, _ = placed(rt, fal, books, 1, weather="hold_until=swept")
+    account, _ = placed(rt, fal, books, 1, weather=f"hold_until={gate}")
     other = books.write(lambda tx: processes.start(tx, pid=NO_PID, now_ms=rt.now_ms()))
     database.write(lambda tx: tx._connection.execute("UPDATE calls SET process_id = ?, deadline_at = 1", (other,)))  # type: ignore[func-returns-value]
     sweep.run_once(rt)
     assert books.calls(account)[0].state == "sent"
-    fal.release("swept")
+    fal.release(gate)
 
 
 @pytest.mark.engines("sqlite")
