@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from playwright.sync_api import Browser
 
 from abhiapi import runtime
@@ -30,6 +31,18 @@ STRICT_BODY_BYTES = 300_000  # more than a body that is kept in memory
 # How long an example took says how busy the machine is, and nothing of the code.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
+
+
+@settings(max_examples=1, database=None)
+@given(st.integers())
+def _read_sources(number: int) -> None:
+    """Hypothesis reads the sources of what is loaded before its first example: here, where no greenlet comes between.
+
+    Python 3.11 fails in `ast` («recursion depth mismatch») where one does.
+    """
+
+
+_read_sources()
 
 
 @pytest.fixture
