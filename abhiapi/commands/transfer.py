@@ -105,7 +105,8 @@ def _arrive(target: PostgresDatabase, source: Tx, number: str, origin: str, prog
     with migrations_postgres.arrival(target, migrations.VERSION, number, origin) as there, marked():
         copy(source, there, progress)
         _compare(source, there, progress)
-        finding = audit.verify(there)
+        entries = source.one(_HOW_MANY["entries"]) or (0,)
+        finding = audit.verify(there, progress=lambda recounted: progress("recounted", recounted, entries[0]))
         if not finding.ok:
             raise Refused(f"the ledger does not add up ({finding.problems[0]}): nothing was moved")
     return finding
