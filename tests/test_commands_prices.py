@@ -264,7 +264,6 @@ def test_the_price_of_a_model_covers_its_stream(cli: CommandLine) -> None:
         assert told.stdout == cli(*command, "fal-ai/flux/dev", "--json").stdout
 
 
-@pytest.mark.engines
 def test_estimate_tells_its_basis(cli: CommandLine, customer: Customer) -> None:
     """A guess, the dearest call, and what 99 of 100 cost: each says that it is."""
     guessed = "credits, a guess until 100 calls of this model have been charged"
