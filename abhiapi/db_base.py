@@ -25,6 +25,7 @@ T = TypeVar("T")
 Row = tuple[Any, ...]
 
 CLI_PATIENCE_S = 15  # a command waits this long for its turn to write
+HAS_NUL = "the text has a NUL character in it, which cannot be stored"  # PostgreSQL cannot, so no engine does
 
 _in_transaction: ContextVar[bool] = ContextVar("abhiapi_in_transaction", default=False)
 
@@ -184,8 +185,11 @@ class Database(ABC):
         """Whether a process is certainly dead; asks nobody that has to be waited for. See `watch`."""
 
     @abstractmethod
-    def watch(self, process_id: int, pid: int) -> None:
-        """Look at a process for as long as `is_dead` needs to be sure. For commands, which have seen nothing yet."""
+    def watch(self, process_id: int, pid: int, when_waiting: Callable[[int], object]) -> None:
+        """Look at a process for as long as `is_dead` needs to be sure. For commands, which have seen nothing yet.
+
+        ``when_waiting`` hears of the seconds that it may take, where it takes any.
+        """
 
     @contextmanager
     def translating(self) -> Iterator[None]:

@@ -27,7 +27,19 @@ from sqlalchemy import URL, Table
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.sql import Executable
 
-from abhiapi.db_base import CLI_PATIENCE_S, Busy, Database, OutcomeUnknown, Place, Reads, Row, Session, Tx, marked
+from abhiapi.db_base import (
+    CLI_PATIENCE_S,
+    HAS_NUL,
+    Busy,
+    Database,
+    OutcomeUnknown,
+    Place,
+    Reads,
+    Row,
+    Session,
+    Tx,
+    marked,
+)
 from abhiapi.errors import BadRequest, DatabaseUnavailable, SchemaError
 from abhiapi.liveness import ProcessLock
 
@@ -185,9 +197,14 @@ class PostgresTx(Tx):
     def load(self, table: Table, rows: Iterator[Row]) -> None:
         columns = [sql.Identifier(column.name) for column in table.columns]
         into = sql.SQL("COPY {} ({}) FROM STDIN").format(sql.Identifier(table.name), sql.SQL(", ").join(columns))
-        with self._cursor.copy(into) as copy:
-            for row in rows:
-                copy.write_row(row)
+        try:
+            with self._cursor.copy(into) as copy:
+                for row in rows:
+                    copy.write_row(row)
+        except psycopg.DataError as error:
+            if _is_about_nul(error):
+                raise BadRequest(f"a row of {table.name} has a NUL character in it, which cannot be stored") from error
+            raise
         key = next(iter(table.primary_key)).name
         found = self._cursor.execute(_SEQUENCE, (table.name, key)).fetchone()
         if found is not None and found[0] is not None:
@@ -225,8 +242,8 @@ class PostgresTx(Tx):
         try:
             return self._cursor.execute(compiled.sql, compiled.arguments(params))
         except psycopg.DataError as error:
-            if "NUL" in str(error):
-                raise BadRequest("the text has a NUL character in it, which cannot be stored") from error
+            if _is_about_nul(error):
+                raise BadRequest(HAS_NUL) from error
             raise
 
 
@@ -474,8 +491,12 @@ class PostgresDatabase(Database):
         free_since = self._free_since.get(process_id)
         return free_since is not None and monotonic() - free_since >= FREE_FOR_S
 
-    def watch(self, process_id: int, pid: int) -> None:
+    def watch(self, process_id: int, pid: int, when_waiting: Callable[[int], object]) -> None:
+        is_told = False
         while not self.dead({process_id: pid}) and self._free_since:
+            if not is_told:
+                when_waiting(FREE_FOR_S)
+                is_told = True
             sleep(1)
 
 
@@ -523,6 +544,11 @@ class ServerLock(ProcessLock):
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def _is_about_nul(error: psycopg.DataError) -> bool:
+    """Whether psycopg refused a text, before the server heard of it."""
+    return error.sqlstate is None and "NUL" in str(error)
 
 
 def _parameters(url: URL) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql import Executable
 
-from abhiapi.db_base import CLI_PATIENCE_S, Busy, Database, Place, Reads, Row, Session, Tx, marked
-from abhiapi.errors import DatabaseUnavailable, SchemaError
+from abhiapi.db_base import CLI_PATIENCE_S, HAS_NUL, Busy, Database, Place, Reads, Row, Session, Tx, marked
+from abhiapi.errors import BadRequest, DatabaseUnavailable, SchemaError
 from abhiapi.liveness import FileLock, reap
 
 T = TypeVar("T")
@@ -73,7 +73,11 @@ class SqliteTx(Tx):
         compiled = self._compiled.get(id(statement))
         if compiled is None:
             compiled = self._compiled[id(statement)] = _Compiled(statement, self._dialect)
-        return self._connection.execute(compiled.sql, compiled.arguments(params))
+        arguments = compiled.arguments(params)
+        for value in arguments:
+            if type(value) is str and "\0" in value:
+                raise BadRequest(HAS_NUL)
+        return self._connection.execute(compiled.sql, arguments)
 
 
 class _Compiled:
@@ -263,7 +267,7 @@ class SqliteDatabase(Database):
     def is_dead(self, process_id: int, pid: int) -> bool:
         return reap(self.path, process_id, pid)
 
-    def watch(self, process_id: int, pid: int) -> None:
+    def watch(self, process_id: int, pid: int, when_waiting: Callable[[int], object]) -> None:
         """A lock of the kernel's tells at once."""
 
 

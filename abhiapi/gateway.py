@@ -130,7 +130,9 @@ def _failed(rt: Runtime, call: Call, error: UpstreamError, reply: FalReply | Non
 
 
 def _request_id(reply: FalReply) -> str | None:
-    return (reply.value("x-fal-request-id") or "")[:FAL_REQUEST_ID_MAX] or None
+    """The id that fal's bill will name; None for what is none, which would only be in the charge's way."""
+    text = (reply.value("x-fal-request-id") or "")[:FAL_REQUEST_ID_MAX]
+    return text if text and text.isprintable() else None
 
 
 class MeteredBody:

@@ -21,6 +21,7 @@ TIMES_MAX = 100  # a price that rose to more than so many times the old one, or 
 PLACEHOLDER_BELOW = Decimal("0.0005")
 FRACTION_DIGITS_MAX = 20
 UNIT_LENGTH_MAX = 60
+NO_MODEL = "its name is no model's"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ def problem_of(quote: Quote) -> str | None:
         return "its price has more digits than any price"
     if not quote.unit.strip() or len(quote.unit) > UNIT_LENGTH_MAX or not quote.unit.isprintable():
         return "its unit is no name"
-    return None if MODEL_ID.fullmatch(quote.model) else "its name is no model's"
+    return None if MODEL_ID.fullmatch(quote.model) else NO_MODEL
 
 
 def is_placeholder(unit: str, unit_price_usd: Decimal) -> bool:
@@ -128,6 +129,9 @@ def _judge(
     source: str,
     force: bool,
 ) -> None:
+    if not MODEL_ID.fullmatch(model):  # no call can name it, so that no row is needed to say that it has no price
+        made.refused.append(Change(model, None, None, None, NO_MODEL))
+        return
     usable = None if old is None else old.usable_usd
     problem = None if quote is None else problem_of(quote)
     if quote is None or problem is not None:

@@ -133,5 +133,6 @@ def parse_price(text: str) -> Decimal:
 
 
 def shown(text: str) -> str:
-    """Text from outside, short enough for a message."""
-    return text if len(text) <= 120 else text[:117] + "..."
+    """Text from outside, short enough for a message, and all of it to be seen."""
+    text = text if len(text) <= 120 else text[:117] + "..."
+    return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

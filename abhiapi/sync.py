@@ -14,7 +14,7 @@ from abhiapi.db import Tx
 from abhiapi.errors import AbhiError
 from abhiapi.platform_api import MODELS_PER_CALL, WHOLE_TIMEOUT_S, PlatformApi
 from abhiapi.price_sync import Answer, Plan, Quote, plan
-from abhiapi.price_terms import PriceRule
+from abhiapi.price_terms import MODEL_ID, PriceRule
 from abhiapi.runtime import Runtime
 
 log = logging.getLogger("abhiapi")
@@ -36,10 +36,11 @@ def fetched(api: PlatformApi, progress: Progress = lambda done, of: None) -> Ans
         listed += page
         progress(0, len(listed))
     quotes: dict[str, Quote] = {}
-    for start in range(0, len(listed), MODELS_PER_CALL):
-        batch = listed[start : start + MODELS_PER_CALL]
+    models = [model for model in listed if MODEL_ID.fullmatch(model)]
+    for start in range(0, len(models), MODELS_PER_CALL):
+        batch = models[start : start + MODELS_PER_CALL]
         quotes.update((quote.model, quote) for quote in api.prices(batch))
-        progress(start + len(batch), len(listed))
+        progress(start + len(batch), len(models))
     return Answer(listed, quotes)
 
 

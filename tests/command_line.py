@@ -13,10 +13,11 @@ from typing import Any
 
 import click
 from click.testing import CliRunner
+from sqlalchemy import select
 
-from abhiapi import audit, reports
+from abhiapi import audit, reports, tables
 from abhiapi.commands import main
-from abhiapi.db import Database, database_at
+from abhiapi.db import Database, Tx, database_at
 from tests.harness import ROOT, environment
 
 NOWHERE = "http://127.0.0.1:9"  # no command of a test may ask fal itself
@@ -55,12 +56,12 @@ class Done:
 
 
 class CommandLine:
-    """`abhiapi` on a database of the test's own, which it creates at its first command."""
+    """`abhiapi` on a database of the test's own: the one that is given, or a file that its first command creates."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, database_url: str | None = None) -> None:
         self.path = folder / "abhiapi.db"
         self.settings = {
-            "ABHIAPI_DATABASE_URL": f"sqlite:///{self.path}",
+            "ABHIAPI_DATABASE_URL": database_url or f"sqlite:///{self.path}",
             "FAL_KEY": "id:secret",
             **{f"ABHIAPI_FAL_{name}_URL": NOWHERE for name in ("RUN", "QUEUE", "REST", "API")},
         }
@@ -101,12 +102,14 @@ class CommandLine:
         return finding.entries
 
     def dump(self) -> str:
-        """Everything that is in the database, as text."""
-        connection = self.database.connect()
-        try:
-            return "\n".join(connection.iterdump())
-        finally:
-            connection.close()
+        """Every row of every table, as text."""
+
+        def read(tx: Tx) -> Iterator[str]:
+            for table in tables.metadata.sorted_tables:
+                rows = tx.all(select(table).order_by(*table.primary_key))
+                yield from (f"{table.name} {row!r}" for row in rows)
+
+        return self.database.read(lambda tx: "\n".join(read(tx)))
 
     def call(self, call_id: int) -> reports.CallRow:
         row = self.database.read(lambda tx: reports.call(tx, call_id))

@@ -326,8 +326,9 @@ def test_a_server_tells_of_everything_that_goes_wrong(fal: Fal, tmp_path: Path, 
             again.process.kill()
 
 
-def test_the_commands_set_and_show(tmp_path: Path) -> None:
-    cli = CommandLine(tmp_path)
+@pytest.mark.engines
+def test_the_commands_set_and_show(tmp_path: Path, database_url: str) -> None:
+    cli = CommandLine(tmp_path, database_url)
     cli("accounts", "create", "acme")
     assert cli.json("accounts", "alert", "acme", "--below", "500")["alert_below"] == 500
     (shown,) = cli.json("alerts", "list")["alerts"]
@@ -341,9 +342,10 @@ def test_the_commands_set_and_show(tmp_path: Path) -> None:
     assert "--below" in cli("accounts", "alert", "acme", "--below", "lots").misused()
 
 
-def test_keys_are_limited_and_listed_at_the_command_line(tmp_path: Path) -> None:
+@pytest.mark.engines
+def test_keys_are_limited_and_listed_at_the_command_line(tmp_path: Path, database_url: str) -> None:
     """Row 22: what was set is read back."""
-    cli = CommandLine(tmp_path)
+    cli = CommandLine(tmp_path, database_url)
     cli("keys", "create", "acme", "--day-limit", "500", "--month-limit", "5000")
     (key,) = cli.json("keys", "list")
     assert (key["day_limit"], key["month_limit"], key["day_spent"], key["models"]) == (500, 5000, 0, None)

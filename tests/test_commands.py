@@ -29,8 +29,8 @@ NOT_A_DATABASE = "this is a letter and no database, and long enough to be taken 
 
 
 @pytest.fixture
-def cli(tmp_path: Path) -> CommandLine:
-    return CommandLine(tmp_path)
+def cli(tmp_path: Path, database_url: str) -> CommandLine:
+    return CommandLine(tmp_path, database_url)
 
 
 # --- the whole --------------------------------------------------------------------------------------------------
@@ -163,6 +163,7 @@ def test_tables_keep_terminals_safe_from_what_is_in_them(cli: CommandLine, clock
 # --- accounts ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.engines
 def test_account_shapes_are_the_contract_s(cli: CommandLine) -> None:
     made = cli.json("accounts", "create", "acme", "--plan", "pro")
     assert list(made) == ACCOUNT_FIELDS
@@ -175,12 +176,14 @@ def test_account_shapes_are_the_contract_s(cli: CommandLine) -> None:
     assert list(cli.json("balance", "acme")) == ["account", "balance", "held", "available"]
 
 
+@pytest.mark.engines
 def test_account_is_known_by_name_by_key_and_by_key_id(cli: CommandLine) -> None:
     key = cli.json("keys", "create", "acme")["key"]
     for text in ("acme", key, "key_1"):
         assert cli.json("balance", text)["account"] == "acme"
 
 
+@pytest.mark.engines
 def test_account_exists_once(cli: CommandLine) -> None:
     cli("accounts", "create", "acme")
     assert "'acme'" in cli("accounts", "create", "acme").refused()
@@ -198,6 +201,7 @@ def test_account_s_name_is_a_line_of_text(cli: CommandLine, name: str) -> None:
     assert "it " in cli("accounts", "create", name).misused()
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("command", ["accounts show", "accounts suspend", "balance", "ledger show", "keys list"])
 def test_unknown_account_is_named_with_a_hint(cli: CommandLine, command: str) -> None:
     refusal = cli(*command.split(), "acem").refused()
@@ -212,6 +216,7 @@ def test_unknown_plan_is_wrong_usage(cli: CommandLine) -> None:
 # --- keys -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.engines
 def test_new_key_is_alone_on_stdout_and_works(cli: CommandLine, clock: Clock) -> None:
     done = cli("keys", "create", "acme")
     (key,) = done.lines
@@ -222,6 +227,7 @@ def test_new_key_is_alone_on_stdout_and_works(cli: CommandLine, clock: Clock) ->
     assert "created the account" not in cli("keys", "create", "acme").stderr
 
 
+@pytest.mark.engines
 def test_key_shapes_are_the_contract_s(cli: CommandLine) -> None:
     made = cli.json("keys", "create", "acme", "--name", "production", "--expires", "2099-12-31")
     assert list(made) == NEW_KEY_FIELDS
@@ -239,6 +245,7 @@ def test_key_shapes_are_the_contract_s(cli: CommandLine) -> None:
         assert cli.json("keys", command, "key_1") == listed | {"status": status}
 
 
+@pytest.mark.engines
 def test_keys_are_listed_of_one_account_or_of_all(cli: CommandLine) -> None:
     for account in ("acme", "bolt", "acme"):
         cli("keys", "create", account)
@@ -247,6 +254,7 @@ def test_keys_are_listed_of_one_account_or_of_all(cli: CommandLine) -> None:
     assert [row["id"] for row in cli.json("keys", "list", "key_2")] == ["key_2"]
 
 
+@pytest.mark.engines
 def test_revoked_key_never_comes_back(cli: CommandLine) -> None:
     cli("keys", "create", "acme")
     cli("keys", "revoke", "key_1")
@@ -254,6 +262,7 @@ def test_revoked_key_never_comes_back(cli: CommandLine) -> None:
     assert "revoked" in cli("keys", "rotate", "key_1").refused()
 
 
+@pytest.mark.engines
 def test_rotated_key_works_for_its_grace(cli: CommandLine) -> None:
     old = cli.json("keys", "create", "acme", "--name", "production")
     new = cli.json("keys", "rotate", old["key"], "--grace", "24h")
@@ -267,6 +276,7 @@ def test_rotated_key_works_for_its_grace(cli: CommandLine) -> None:
     assert after["expires_at"] is None
 
 
+@pytest.mark.engines
 def test_rotated_key_without_grace_stops_at_once(cli: CommandLine) -> None:
     cli("keys", "create", "acme")
     done = cli("keys", "rotate", "key_1")
@@ -275,6 +285,7 @@ def test_rotated_key_without_grace_stops_at_once(cli: CommandLine) -> None:
     assert [line for line in done.lines if keys.is_well_formed(line)] == done.lines
 
 
+@pytest.mark.engines
 def test_key_is_shown_once_and_stored_nowhere(cli: CommandLine) -> None:
     """Neither lists, messages, refusals nor a dump of the database hold a key."""
     first = cli("keys", "create", "acme").lines[0]

@@ -20,6 +20,8 @@ from tests.command_line import CommandLine, finish
 from tests.harness import Clock
 from tests.rows import MODEL, Customer
 
+pytestmark = pytest.mark.engines
+
 CALL_FIELDS = [
     *("call_id", "key_id", "model", "mode", "state", "status", "held", "credits", "units", "unit_price_usd"),
     *("usage_source", "fal_request_id", "created_at", "finished_at"),
@@ -31,8 +33,8 @@ DAY_MS = 86_400_000
 
 
 @pytest.fixture
-def cli(tmp_path: Path) -> CommandLine:
-    made = CommandLine(tmp_path)
+def cli(tmp_path: Path, database_url: str) -> CommandLine:
+    made = CommandLine(tmp_path, database_url)
     migrate(made.database)
     return made
 
@@ -105,6 +107,7 @@ def test_small_amounts_are_printed_without_exponents(cli: CommandLine, ann: Cust
     assert "0.000000012" in cli("usage").stdout
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize(
     "arguments",
     [["--since", "yesterday"], ["--until", "2026-02-30"], ["--since", "2026-11-02", "--until", "2026-11-01"]]
@@ -141,11 +144,13 @@ def test_pages_of_calls_hold_each_call_once_newest_first(cli: CommandLine, ann: 
     assert [call["call_id"] for call in cli.json("calls", "list", "--account", "ann")["calls"]] == made[2::-1]
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize("arguments", [["--cursor", "7"], ["--cursor", "call_x"], ["--limit", "0"], ["--limit", "x"]])
 def test_page_that_cannot_be_is_wrong_usage(cli: CommandLine, arguments: list[str]) -> None:
     cli("calls", "list", *arguments).misused()
 
 
+@pytest.mark.engines("sqlite")
 def test_unknown_call_is_refused(cli: CommandLine) -> None:
     assert "there is no call" in cli("calls", "show", ids.call_text(7)).refused()
     assert "is no call id" in cli("calls", "show", "7").refused()
@@ -158,6 +163,7 @@ def test_empty_lists_are_said_in_words(cli: CommandLine) -> None:
         assert done.stderr.startswith("no "), command
 
 
+@pytest.mark.engines("sqlite")
 def test_tables_fit_a_hundred_columns(cli: CommandLine, ann: Customer) -> None:
     ann.settle()
     ann.admit()
@@ -218,7 +224,7 @@ def test_export_is_printed_while_it_is_read(cli: CommandLine, ann: Customer) -> 
     """A reader that goes away early ends it, without a traceback; so nothing is gathered first."""
 
     def fill(tx: Tx) -> None:
-        for number in range(1500):
+        for number in range(600):
             ledger.topup(tx, ann.account_id, Micros(1000), ref=None, note="x" * 100, now_ms=number)
 
     cli.database.write(fill)
@@ -253,6 +259,7 @@ def test_verify_of_a_changed_ledger_fails_and_names_what_differs(cli: CommandLin
 # --- prices -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.engines("sqlite")
 def test_price_shapes_are_the_contract_s(cli: CommandLine) -> None:
     listed = cli.json("prices", "list")
     assert len(listed) == len(pricing.shipped_rules())
@@ -285,6 +292,7 @@ def test_own_hold_stays_until_it_is_taken_back(cli: CommandLine) -> None:
     assert cli.json("estimate", MODEL)["credits"] == Decimal("32.5")
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize(
     "arguments",
     [[], ["--unit-price", "1"], ["--unit", "images"], ["--margin", "1", "--unit", "images"]]
@@ -304,6 +312,7 @@ def test_margin_over_an_unknown_price_is_refused(cli: CommandLine) -> None:
     assert "--unit-price" in cli("prices", "set", "acme/new-model", "--margin", "0.1").refused()
 
 
+@pytest.mark.engines("sqlite")
 def test_price_a_hundred_times_as_high_needs_force(cli: CommandLine) -> None:
     arguments = ["prices", "set", MODEL, "--unit", "megapixels", "--unit-price"]
     refusal = cli(*arguments, "2.626").refused()
@@ -314,30 +323,36 @@ def test_price_a_hundred_times_as_high_needs_force(cli: CommandLine) -> None:
     assert cli(*arguments, "300", "--force").exit_code == 0
 
 
+@pytest.mark.engines("sqlite")
 def test_free_model_is_told(cli: CommandLine) -> None:
     assert "is free" in cli("prices", "set", MODEL, "--unit-price", "0", "--unit", "images").stderr
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize("model", ["flux", "flux dev", "fal-ai/../keys", "https://fal.run/fal-ai/flux", "fal-ai//flux"])
 def test_price_of_what_no_call_can_name_is_refused(cli: CommandLine, model: str) -> None:
     cli("prices", "set", model, "--unit-price", "1", "--unit", "images").refused()
 
 
+@pytest.mark.engines("sqlite")
 def test_price_of_a_stream_is_its_model_s(cli: CommandLine) -> None:
     assert f"set it for {MODEL}" in cli("prices", "set", f"{MODEL}/stream", "--margin", "0.1").refused()
 
 
+@pytest.mark.engines("sqlite")
 def test_estimate_is_what_a_call_would_hold(cli: CommandLine) -> None:
     made = cli.json("estimate", MODEL, "--input", '{"image_size": "square_hd", "num_images": 3}')
     assert list(made) == ["model", "credits", "basis"]
     assert (made["model"], made["credits"]) == (MODEL, Decimal("157.5"))
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize("text", ["", "{", "nonsense", "[1]", "7", "null", '{"a": NaN}', "[" * 5000, "\udcff"])
 def test_estimate_of_what_is_no_object_is_wrong_usage(cli: CommandLine, text: str) -> None:
     assert "--input" in cli("estimate", MODEL, "--input", text).misused()
 
 
+@pytest.mark.engines("sqlite")
 def test_unknown_model_is_refused_with_a_hint(cli: CommandLine) -> None:
     for command in (["prices", "show", "acme/nope"], ["estimate", "acme/nope"]):
         assert "`abhiapi prices list`" in cli(*command).refused()

@@ -6,6 +6,7 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from abhiapi import timers
@@ -17,10 +18,12 @@ from tests.harness import Clock, free_port
 from tests.redis_server import RedisServer
 from tests.rows import Customer
 
+pytestmark = pytest.mark.engines
+
 
 @pytest.fixture
-def cli(tmp_path: Path) -> CommandLine:
-    made = CommandLine(tmp_path)
+def cli(tmp_path: Path, database_url: str) -> CommandLine:
+    made = CommandLine(tmp_path, database_url)
     migrate(made.database)
     return made
 
@@ -39,22 +42,24 @@ def checked(cli: CommandLine, **settings: str) -> dict[str, Any]:
     return {check["check"]: check for check in done.json["checks"]}
 
 
-def test_doctor_finds_a_healthy_installation_well(cli: CommandLine, customer: Customer) -> None:
+def test_doctor_finds_a_healthy_installation_well(cli: CommandLine, customer: Customer, engine: str) -> None:
     customer.settle()
     customer.admit()
     done = cli("doctor")
     assert done.exit_code == 0, done.stdout
     assert done.stderr == ""
-    assert set(checked(cli)) == {
-        *("variables", "settings", "fal credential", "limits", "open files", "disk"),
+    of_a_file = {"disk", "file rights", "write-ahead log"}
+    assert set(checked(cli)) == (of_a_file if engine == "sqlite" else set()) | {
+        *("variables", "settings", "fal credential", "limits", "open files"),
         *("database", "webhook key", "writing", "prices", "holds", "ledger"),
-        *("secret files", "odd settings", "sessions", "traces", "file rights", "write-ahead log"),
+        *("secret files", "odd settings", "sessions", "traces"),
         *("reconciler", "alerts", "backups", "fal's bill", "play money", "margins"),
         *("fal", "public url"),
     }
     assert "1 open" in checked(cli)["holds"]["message"]
 
 
+@pytest.mark.engines("sqlite")
 def test_doctor_looks_at_redis(cli: CommandLine, redis_server: RedisServer) -> None:
     """Its version and latency; a policy that may evict counts is told, and so is one that is not there."""
     url = redis_server.url()
@@ -76,6 +81,7 @@ def test_doctor_creates_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.engines("sqlite")
 def test_doctor_tells_every_bad_setting(cli: CommandLine) -> None:
     done = cli("doctor", ABHIAPI_MARGIN="much", ABHIAPI_CONCURRENCY="0")
     assert done.exit_code == 1
@@ -85,6 +91,7 @@ def test_doctor_tells_every_bad_setting(cli: CommandLine) -> None:
     ]
 
 
+@pytest.mark.engines("sqlite")
 def test_doctor_warns_of_a_setting_that_nobody_reads(cli: CommandLine) -> None:
     check = checked(cli, ABHIAPI_RATE_PER_MINUT="5")["variables"]
     assert check["status"] == "warn"
@@ -106,6 +113,7 @@ def test_doctor_names_holds_that_wait_for_the_operator(cli: CommandLine, custome
     assert check["message"].startswith("1 of unknown cost, 1 older than an hour")
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize(
     ("statement", "name"),
     [
@@ -127,6 +135,25 @@ def test_doctor_sees_what_is_wrong_with_the_database(
     assert {check for check, told in checked(cli).items() if told["status"] == "fail"} == {name}
 
 
+@pytest.mark.engines("postgresql")
+@pytest.mark.parametrize(
+    ("statement", "name"),
+    [
+        ("UPDATE accounts SET balance_micros = 1", "ledger"),
+        (f"UPDATE abhiapi_schema SET version = {VERSION + 1}", "database"),
+    ],
+)
+def test_doctor_sees_what_is_wrong_in_a_server_s_database(
+    cli: CommandLine, customer: Customer, database_url: str, statement: str, name: str
+) -> None:
+    with psycopg.connect(database_url) as connection:
+        connection.execute(statement.encode())
+    assert {check for check, told in checked(cli).items() if told["status"] == "fail"} == {name}
+    cli.settings["ABHIAPI_DATABASE_URL"] = f"postgresql://ann:top-secret@127.0.0.1:{free_port()}/gone"
+    gone = checked(cli)["database"]
+    assert (gone["status"], "top-secret" in gone["message"]) == ("fail", False)
+
+
 def test_doctor_warns_of_prices_that_nobody_took_over_for_days(cli: CommandLine) -> None:
     day_ms, now = 86_400_000, session.now_ms()
     cli.database.write(lambda tx: timers.done(tx, "prices", now_ms=now - day_ms, due_in_ms=day_ms))
@@ -141,6 +168,7 @@ def test_doctor_warns_of_free_models(cli: CommandLine) -> None:
     assert "acme/gift" in checked(cli)["prices"]["message"]
 
 
+@pytest.mark.engines("sqlite")
 def test_doctor_survives_a_file_that_is_no_database(cli: CommandLine) -> None:
     cli.path.write_text("not a database\n" * 1000)
     check = checked(cli)["database"]
@@ -148,6 +176,7 @@ def test_doctor_survives_a_file_that_is_no_database(cli: CommandLine) -> None:
     assert "restore" in check["message"]
 
 
+@pytest.mark.engines("sqlite")
 def test_doctor_watches_the_disk(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     for least, low, status in ((0, 0, "ok"), (0, 2**80, "warn"), (2**80, 2**80, "fail")):
         monkeypatch.setattr(database_checks, "DISK_FREE_LEAST_BYTES", least)
@@ -155,6 +184,7 @@ def test_doctor_watches_the_disk(cli: CommandLine, monkeypatch: pytest.MonkeyPat
         assert checked(cli)["disk"]["status"] == status
 
 
+@pytest.mark.engines("sqlite")
 def test_doctor_watches_open_files(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resource.getrlimit", lambda _: (1024, 1024))
     check = checked(cli)["open files"]

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from abhiapi import ids
+from abhiapi import db_postgres, ids
 from abhiapi.commands import session
-from abhiapi.liveness import FileLock, lock_path
 from abhiapi.metering import Verdict
 from tests.command_line import CommandLine, finish
 from tests.harness import Clock, environment
 from tests.rows import FLUX_MICROS, MINUTE_MS, Customer
+
+pytestmark = pytest.mark.engines
 
 ENTRY_FIELDS = [
     *("account", "entry_id", "seq", "kind", "credits", "balance_after"),
@@ -27,8 +28,8 @@ PROCESSES, ROUNDS = 4, 13  # 52 top-ups under one reference
 
 
 @pytest.fixture
-def cli(tmp_path: Path) -> CommandLine:
-    made = CommandLine(tmp_path)
+def cli(tmp_path: Path, database_url: str) -> CommandLine:
+    made = CommandLine(tmp_path, database_url)
     made("accounts", "create", "acme")
     return made
 
@@ -37,6 +38,19 @@ def cli(tmp_path: Path) -> CommandLine:
 def customer(cli: CommandLine) -> Customer:
     """The account ``ann`` with 1,000 credits, whose calls happen now, so that a living process may still serve them."""
     return Customer.new(cli.database, Clock(session.now_ms()))
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that PostgreSQL's side has waited until it took a process for dead: they pass at once."""
+    now = [0.0]
+
+    def sleep(seconds: int) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(db_postgres, "monotonic", lambda: now[0])
+    monkeypatch.setattr(db_postgres, "sleep", sleep)
+    return now
 
 
 # --- topup ------------------------------------------------------------------------------------------------------
@@ -51,6 +65,7 @@ def test_topup_adds_credit(cli: CommandLine) -> None:
     assert cli.json("topup", "acme", "49.9", "--usd")["credits"] == 49900
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize(
     "amount",
     [
@@ -81,11 +96,13 @@ def test_amount_that_is_none_is_one_line_and_changes_nothing(cli: CommandLine, a
     assert cli.entries() == 0
 
 
+@pytest.mark.engines("sqlite")
 def test_negative_amount_is_an_amount_wherever_it_stands(cli: CommandLine) -> None:
     for arguments in (["acme", "-5"], ["--json", "acme", "-5"], ["acme", "-5", "--ref", "7"], ["--", "acme", "-5"]):
         assert "negative" in cli("topup", *arguments).refused()
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize(
     "arguments",
     ["--bogus", "--bogus acme 5", "acme 5 --bogus", "acme --bogus 5", "acme --bogus", "-b acme 5"],
@@ -95,6 +112,7 @@ def test_unknown_option_beside_an_amount_is_named(cli: CommandLine, arguments: s
     assert cli.entries() == 0
 
 
+@pytest.mark.engines("sqlite")
 def test_too_many_arguments_are_wrong_usage(cli: CommandLine) -> None:
     assert "(6)" in cli("topup", "acme", "5", "6").misused()
     assert cli.entries() == 0
@@ -105,6 +123,7 @@ def test_topup_of_an_unknown_account_swallows_no_money(cli: CommandLine) -> None
     assert [row["account"] for row in cli.json("accounts", "list")] == ["acme"]
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize("option", ["--ref", "--note"])
 @pytest.mark.parametrize("text", ["", " ", "two\nlines", "x" * 501, "\udcff"])
 def test_reference_and_note_are_a_line_of_text(cli: CommandLine, option: str, text: str) -> None:
@@ -171,13 +190,14 @@ def test_reference_repeated_by_many_processes_at_once_is_one_entry(cli: CommandL
 
 
 def test_locked_database_is_one_line(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("abhiapi.db.Database.write.__kwdefaults__", {"patience_s": 0})
-    connection = cli.database.connect()
+    for write in ("abhiapi.db.Database.write", "abhiapi.db_postgres.PostgresDatabase.write"):
+        monkeypatch.setattr(f"{write}.__kwdefaults__", {"patience_s": 0})
+    other = cli.database.session(patience_s=5)
     try:
-        connection.execute("BEGIN IMMEDIATE")
+        other.begin()
         assert "locked" in cli("topup", "acme", "5").refused()
     finally:
-        connection.close()
+        other.close()
     assert cli.entries() == 0
 
 
@@ -203,6 +223,7 @@ def test_refunds_together_never_pass_the_charge(cli: CommandLine, customer: Cust
     assert customer.standing() == (1_000_000, 0)
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize("amount", ["0", "-5", "NaN", "abc", "1e5", ""])
 def test_refund_of_no_amount_changes_nothing(cli: CommandLine, customer: Customer, amount: str) -> None:
     call_id = ids.call_text(customer.settle().call_id)
@@ -229,12 +250,14 @@ def test_adjust_moves_a_balance_either_way(cli: CommandLine) -> None:
     assert cli.entries() == 3
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize("note", [[], ["--note", ""], ["--note", "  "]])
 def test_adjust_needs_a_reason(cli: CommandLine, note: list[str]) -> None:
     assert "--note" in cli("adjust", "acme", "5", *note).misused()
     assert cli.entries() == 0
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize("amount", ["0", "-0", "abc", "1e5", "0.0001", "1000000000001"])
 def test_adjust_by_no_amount_changes_nothing(cli: CommandLine, amount: str) -> None:
     cli("adjust", "acme", amount, "--note", "why").refused()
@@ -277,6 +300,7 @@ def test_hold_of_unknown_cost_is_settled_by_the_operator(cli: CommandLine, custo
     cli.entries()
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize("amount", ["0", "0.000", "00"])
 def test_hold_may_be_settled_for_nothing(cli: CommandLine, customer: Customer, amount: str) -> None:
     call_id = ids.call_text(customer.admit().call_id)
@@ -286,6 +310,7 @@ def test_hold_may_be_settled_for_nothing(cli: CommandLine, customer: Customer, a
     cli.entries()
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize("amount", ["-5", "NaN", "abc", "0.0001", "-0", "1e9"])
 def test_hold_is_not_settled_for_what_is_no_amount(cli: CommandLine, customer: Customer, amount: str) -> None:
     call_id = ids.call_text(customer.admit().call_id)
@@ -312,7 +337,7 @@ def test_released_hold_is_given_back(cli: CommandLine, customer: Customer) -> No
 def test_hold_of_a_call_that_is_being_served_needs_force(
     cli: CommandLine, customer: Customer, arguments: list[str]
 ) -> None:
-    lock = FileLock(cli.path)
+    lock = cli.database.process_lock()
     lock.take_place(customer.process_id)
     call_id = ids.call_text(customer.admit().call_id)
     try:
@@ -328,7 +353,7 @@ def test_hold_of_a_call_that_is_being_served_needs_force(
 
 def test_hold_past_its_deadline_or_of_unknown_cost_needs_no_force(cli: CommandLine, customer: Customer) -> None:
     """The process that served it lives, but has nothing more to say about it."""
-    lock = FileLock(cli.path)
+    lock = cli.database.process_lock()
     lock.take_place(customer.process_id)
     try:
         late = customer.admit(deadline_in_ms=-1)
@@ -338,7 +363,23 @@ def test_hold_past_its_deadline_or_of_unknown_cost_needs_no_force(cli: CommandLi
             assert cli("holds", "release", ids.call_text(call.call_id)).exit_code == 0
     finally:
         lock.release()
-    assert not lock_path(cli.path, customer.process_id).exists()
+
+
+def test_the_wait_for_the_certainty_that_a_process_is_dead_is_told_and_not_made_in_vain(
+    cli: CommandLine, customer: Customer, engine: str, soon: list[float]
+) -> None:
+    """On PostgreSQL a restarted server frees the locks of the living, who take them again: so one looks for a while."""
+    late = cli("holds", "release", ids.call_text(customer.admit(deadline_in_ms=-1).call_id))
+    assert (late.exit_code, late.stderr, soon) == (0, "", [0.0])
+    orphaned = cli("holds", "release", ids.call_text(customer.admit().call_id))
+    assert orphaned.exit_code == 0
+    if engine == "sqlite":  # the kernel knows at once
+        assert (orphaned.stderr, soon) == ("", [0.0])
+    else:
+        assert (orphaned.stderr, soon) == (
+            "making sure that nobody serves the call any more (up to 20 s; --force does not wait)\n",
+            [20.0],
+        )
 
 
 def test_hold_of_an_unknown_call_is_refused(cli: CommandLine) -> None:

@@ -23,8 +23,8 @@ KLING = "fal-ai/kling-video/v2.6/pro/text-to-video"
 
 
 @pytest.fixture
-def cli(tmp_path: Path, simulator_url: str) -> CommandLine:
-    made = CommandLine(tmp_path)
+def cli(tmp_path: Path, database_url: str, simulator_url: str) -> CommandLine:
+    made = CommandLine(tmp_path, database_url)
     made.settings["ABHIAPI_FAL_API_URL"] = f"{simulator_url}/v1"
     return made
 
@@ -52,6 +52,7 @@ def append(cli: CommandLine, model: str, price: str | None, standing: Any = "pri
     cli.database.write(lambda tx: fal_prices.append(tx, [word], now_ms=1))
 
 
+@pytest.mark.engines
 def test_sync_takes_all_prices_over_once(cli: CommandLine, sim: Fal) -> None:
     first = cli("prices", "sync", "--json")
     assert first.exit_code == 0
@@ -63,6 +64,7 @@ def test_sync_takes_all_prices_over_once(cli: CommandLine, sim: Fal) -> None:
     assert cli.json("prices", "show", MODEL)["source"] == "fal api"
 
 
+@pytest.mark.engines
 def test_diff_shows_what_a_sync_would_change_and_writes_nothing(cli: CommandLine, sim: Fal) -> None:
     cli("prices", "sync")
     before = cli.dump()
@@ -76,6 +78,7 @@ def test_diff_shows_what_a_sync_would_change_and_writes_nothing(cli: CommandLine
     assert any(line.split()[:2] == ["changed", MODEL] for line in cli("prices", "diff").lines)
 
 
+@pytest.mark.engines
 def test_a_price_that_jumped_is_refused_by_name_until_it_is_forced(cli: CommandLine, sim: Fal) -> None:
     cli("prices", "sync")
     order(sim, prices_factor="150")
@@ -131,6 +134,7 @@ def test_without_a_credential_fal_is_not_asked(cli: CommandLine) -> None:
     assert "FAL_KEY" in done.stderr
 
 
+@pytest.mark.engines
 def test_own_prices_of_a_pattern(cli: CommandLine) -> None:
     changed = cli.json("prices", "set", "fal-ai/kling-video/*", "--margin", "0.2")
     assert len(changed) > 10
@@ -212,6 +216,7 @@ def test_check_sees_a_fal_price_that_rose_above_ones_own(cli: CommandLine) -> No
     ]
 
 
+@pytest.mark.engines
 def test_replay_tells_what_another_margin_would_have_earned(cli: CommandLine, customer: Customer) -> None:
     for _ in range(3):
         customer.settle()

@@ -33,9 +33,10 @@ FIELDS_OF_BILL = ["events", "unreadable", "pending", "below_cost", "losses", "lo
 
 
 @pytest.fixture
-def server(fal: Fal, tmp_path: Path) -> Iterator[Server]:
+def server(fal: Fal, tmp_path: Path, database_url: str) -> Iterator[Server]:
     """A server whose own timer does not get in the way: its first round is over before the first job."""
-    with Server.started(tmp_path, fal.url, ABHIAPI_RECONCILE_INTERVAL_S="3600") as running:
+    settings = {"ABHIAPI_RECONCILE_INTERVAL_S": "3600", "ABHIAPI_DATABASE_URL": database_url}
+    with Server.started(tmp_path, fal.url, **settings) as running:
         yield running
 
 
@@ -58,19 +59,20 @@ def completed(fal: Fal, ids: list[str]) -> bool:
     return set(ids) <= done
 
 
-def test_what_has_completed_is_settled_now(server: Server, fal: Fal) -> None:
+@pytest.mark.engines
+def test_what_has_completed_is_settled_now(server: Server, fal: Fal, engine: str) -> None:
     account, key = server.books.account(5000)
     customer = Jobs(server, key)
     paid = [answer.json()["request_id"] for answer in at_once(12, lambda _: customer.submit())]
     failed = [customer.job(weather="status=500") for _ in range(2)]
-    customer.job(weather="hold_until=reconciled")
+    customer.job(weather=f"hold_until=reconciled-{engine}")
     until(lambda: completed(fal, paid + failed), what="fal is done")
     assert server.books.standing(account) == (5_000_000, 15 * FLUX_MICROS)
     assert told(run(server, "--json")) == {"settled": 12, "released": 2, "open": 1}
     assert server.books.standing(account) == (5_000_000 - 12 * FLUX_MICROS, FLUX_MICROS)
     assert told(run(server, "--json")) == {"open": 1}
     assert server.books.verify().problems == []
-    fal.release("reconciled")
+    fal.release(f"reconciled-{engine}")
     table = until(lambda: (done := run(server)).stdout.startswith("settled     1\n") and done, what="the last one")
     assert sorted(line.split()[0] for line in table.lines[: len(FIELDS + FIELDS_OF_BILL)]) == sorted(
         FIELDS + FIELDS_OF_BILL

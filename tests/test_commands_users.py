@@ -9,10 +9,12 @@ import pytest
 from abhiapi import users
 from tests.command_line import CommandLine
 
+pytestmark = pytest.mark.engines
+
 
 @pytest.fixture
-def abhiapi(tmp_path: Path) -> CommandLine:
-    made = CommandLine(tmp_path)
+def abhiapi(tmp_path: Path, database_url: str) -> CommandLine:
+    made = CommandLine(tmp_path, database_url)
     made("accounts", "create", "acme")
     return made
 

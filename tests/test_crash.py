@@ -1,4 +1,7 @@
-"""What is left after the server is killed or told to stop, with a real gunicorn under load."""
+"""What is left after the server is killed or told to stop, with a real gunicorn under load.
+
+Killed twenty times on PostgreSQL: test_several_machines.
+"""
 
 from __future__ import annotations
 
@@ -76,9 +79,10 @@ def test_nothing_is_lost_or_doubled_when_the_server_is_killed_twenty_times(fal: 
         assert len(charges) == len({entry.call_id for entry in charges}) == len(settled)
 
 
-def test_a_server_told_to_stop_finishes_fifty_running_calls(fal: Fal, tmp_path: Path) -> None:
+@pytest.mark.engines
+def test_a_server_told_to_stop_finishes_fifty_running_calls(fal: Fal, tmp_path: Path, database_url: str) -> None:
     """SIGTERM: all of them are answered and charged, and the exit status is 0."""
-    server = Server.start(tmp_path, fal.url)
+    server = Server.start(tmp_path, fal.url, ABHIAPI_DATABASE_URL=database_url)
     name, key = server.books.account(10_000)
     answers: list[requests.Response] = []
     marker = f"graceful {tmp_path.name}"
@@ -106,12 +110,13 @@ def test_a_server_told_to_stop_finishes_fifty_running_calls(fal: Fal, tmp_path: 
     assert not list(tmp_path.glob("*.process-*")), "a clean end leaves no lock file"
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("reload_signal", [signal.SIGHUP])
 def test_a_reload_sweeps_no_call_of_the_process_that_is_still_finishing(
-    fal: Fal, tmp_path: Path, reload_signal: signal.Signals
+    fal: Fal, tmp_path: Path, database_url: str, reload_signal: signal.Signals
 ) -> None:
     """Two processes serve one database for a while; the new one leaves the old one's calls alone."""
-    with Server.started(tmp_path, fal.url) as server:
+    with Server.started(tmp_path, fal.url, ABHIAPI_DATABASE_URL=database_url) as server:
         name, key = server.books.account(1_000)
         answers: list[requests.Response] = []
         marker = f"reload {tmp_path.name}"

@@ -142,16 +142,18 @@ def test_no_text_becomes_a_formula_and_every_number_stays_one(start: str) -> Non
     assert row == [f'\'{start}cmd|"/c calc"!A1', "-26.25", "-5", "", "plain, with a comma"]
 
 
-def test_a_name_that_is_a_formula_is_text_in_every_csv(tmp_path: Path, clock: Clock) -> None:
-    cli = CommandLine(tmp_path)
+def test_a_name_that_is_a_formula_is_text_in_every_csv(tmp_path: Path, database_url: str, clock: Clock) -> None:
+    cli = CommandLine(tmp_path, database_url)
     cli("accounts", "list")
     Customer.new(cli.database, clock, name="=1+1").settle()
     assert "\n'=1+1,1," in cli("usage", "--by", "account", "--csv").stdout
     assert "'=1+1," in cli("ledger", "export").stdout
 
 
-def test_csv_from_a_real_process_ends_its_lines_as_the_standard_says(tmp_path: Path, clock: Clock) -> None:
-    cli = CommandLine(tmp_path)
+def test_csv_from_a_real_process_ends_its_lines_as_the_standard_says(
+    tmp_path: Path, database_url: str, clock: Clock
+) -> None:
+    cli = CommandLine(tmp_path, database_url)
     cli("accounts", "list")
     Customer.new(cli.database, clock).settle()
     process = cli.start("usage", "--csv")
@@ -215,8 +217,8 @@ def test_a_statement_of_fifty_thousand_entries_takes_little_memory(database: Dat
     assert peak_bytes < 3_000_000
 
 
-def test_every_form_tells_the_same(tmp_path: Path, clock: Clock) -> None:
-    cli = CommandLine(tmp_path)
+def test_every_form_tells_the_same(tmp_path: Path, database_url: str, clock: Clock) -> None:
+    cli = CommandLine(tmp_path, database_url)
     cli("accounts", "list")
     clock.now_ms = SEPTEMBER
     Customer.new(cli.database, clock, name="acme").settle()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from abhiapi.commands import library, session
+from abhiapi.commands import library, progress, session
 from abhiapi.commands.options import json_option
 from abhiapi.commands.output import print_one, say
 from abhiapi.errors import DatabaseUnavailable
@@ -43,7 +43,8 @@ def backup(path: Path, as_json: bool) -> None:
         from abhiapi.commands import transfer
 
         session.open_database()  # one that is not there is an error, and no empty backup
-        finding = transfer.back_up(database, path)
+        with progress.shown() as told:
+            finding = transfer.back_up(database, path, told)
     try:
         now = session.now_ms()
         database.write(
@@ -101,4 +102,5 @@ def _restore_to_server(database: Database, path: Path) -> Finding:
     from abhiapi.db_postgres import PostgresDatabase
 
     assert isinstance(database, PostgresDatabase)
-    return transfer.restore(database, path)
+    with progress.shown() as told:
+        return transfer.restore(database, path, told)

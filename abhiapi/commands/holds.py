@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from abhiapi.shapes import Json
 
 COLUMNS = ("call_id", "account", "model", "credits", "age_s", "reason")
+WAITING = "making sure that nobody serves the call any more"
 
 
 @click.group()
@@ -86,12 +87,13 @@ def release_hold(call_id: str, force: bool, as_json: bool) -> None:
     _end(call_id, None, force=force, as_json=as_json)
 
 
-def _watch(database: Database, call_id: int) -> None:
+def _watch(database: Database, call_id: int, now_ms: int) -> None:
     """Find out whether the process that serves a call lives, before the transaction that needs to know."""
     row = database.read(lambda tx: library.reports.call(tx, call_id))
     if row is not None and row.state in ("held", "sent"):
-        process_id, pid, _ = database.read(lambda tx: library.reports.keeper(tx, call_id))
-        database.watch(process_id, pid)
+        process_id, pid, deadline_at = database.read(lambda tx: library.reports.keeper(tx, call_id))
+        if now_ms <= deadline_at:
+            database.watch(process_id, pid, lambda wait_s: say(f"{WAITING} (up to {wait_s} s; --force does not wait)"))
 
 
 def _end(text: str, charge_micros: Micros | None, *, force: bool, as_json: bool) -> None:
@@ -114,7 +116,7 @@ def _end(text: str, charge_micros: Micros | None, *, force: bool, as_json: bool)
         }
 
     if not force:
-        _watch(database, number)
+        _watch(database, number, now)
     try:
         shape = database.write(op)
     except NotFound as error:

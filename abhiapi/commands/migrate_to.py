@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
-from abhiapi.commands import library, session
+from abhiapi.commands import library, progress, session
 from abhiapi.commands.options import json_option
 from abhiapi.commands.output import print_one, say
 from abhiapi.errors import BadRequest, Refused
@@ -41,15 +39,8 @@ def migrate_to(url: str, as_json: bool) -> None:
         raise Refused(f"{there.name} is no PostgreSQL database: use postgresql://user:password@host/name")
     if not isinstance(here, SqliteDatabase):
         raise Refused(f"the ledger is in {here.name} already")
-    shows_progress = sys.stderr.isatty()
-
-    def progress(rows: int) -> None:
-        if shows_progress:
-            click.echo(f"\r{rows} rows ", nl=False, err=True)
-
-    finding = transfer.move(here, there, progress)
-    if shows_progress:
-        click.echo("\r\033[K", nl=False, err=True)
+    with progress.shown() as told:
+        finding = transfer.move(here, there, told)
     say(f"set ABHIAPI_DATABASE_URL to {there.name} (with its password) before you start the server")
     shape = {"from": here.name, "to": there.name, "accounts": finding.accounts, "entries": finding.entries}
     print_one(shape, as_json=as_json)

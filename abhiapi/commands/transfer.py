@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from sqlalchemy import Select, select
+from sqlalchemy import Select, func, select
+from sqlalchemy.sql import Executable
 
 from abhiapi import audit, migrations, migrations_postgres, tables
 from abhiapi.audit import Finding
 from abhiapi.commands import copies
+from abhiapi.commands.progress import Progress
 from abhiapi.db import CLI_PATIENCE_S, Database, Row, Tx, marked
 from abhiapi.db_postgres import PostgresDatabase
 from abhiapi.db_sqlite import SqliteDatabase, translated
@@ -32,12 +34,13 @@ ORDER = (
 _ROWS: dict[str, Select[Row]] = {
     name: select(tables.metadata.tables[name]).order_by(*tables.metadata.tables[name].primary_key) for name in ORDER
 }
-PROGRESS_EVERY = 5_000
+_HOW_MANY: dict[str, Executable] = {
+    name: select(func.count()).select_from(tables.metadata.tables[name]) for name in ORDER
+}
+PROGRESS_EVERY = 500
 
-Progress = Callable[[int], None]
 
-
-def silent(rows: int) -> None:
+def silent(done: str, rows: int, total: int) -> None:
     """No progress is shown."""
 
 
@@ -84,41 +87,55 @@ def back_up(source: Database, target: Path, progress: Progress = silent) -> Find
     return copies.new_file(target, write)
 
 
-def restore(target: PostgresDatabase, backup: Path) -> Finding:
+def restore(target: PostgresDatabase, backup: Path, progress: Progress = silent) -> Finding:
     """Fill a database without content from a backup. Raises `Refused`, with nothing written."""
     with copies.brought_up_to_date(backup) as arriving:
-        return fill(arriving, target)
+        return fill(arriving, target, progress)
 
 
 def copy(source: Tx, target: Tx, progress: Progress = silent) -> None:
     """Every row of every table, into tables that are empty."""
-    seen = 0
-
-    def counted(rows: Iterator[Row]) -> Iterator[Row]:
-        nonlocal seen
-        for row in rows:
-            seen += 1
-            if seen % PROGRESS_EVERY == 0:
-                progress(seen)
-            yield row
-
+    told = _Told("copied", _how_many(source), progress)
     for name in ORDER:
-        target.load(tables.metadata.tables[name], counted(source.each(_ROWS[name])))
+        target.load(tables.metadata.tables[name], told.each(source.each(_ROWS[name])))
 
 
 def _arrive(target: PostgresDatabase, source: Tx, number: str, origin: str, progress: Progress) -> Finding:
     """Everything there, compared, recounted and committed, and not to be used yet."""
     with migrations_postgres.arrival(target, migrations.VERSION, number, origin) as there, marked():
         copy(source, there, progress)
-        _compare(source, there)
-        finding = audit.verify(there)
+        _compare(source, there, progress)
+        entries = source.one(_HOW_MANY["entries"]) or (0,)
+        finding = audit.verify(there, progress=lambda recounted: progress("recounted", recounted, entries[0]))
         if not finding.ok:
             raise Refused(f"the ledger does not add up ({finding.problems[0]}): nothing was moved")
     return finding
 
 
-def _compare(source: Tx, target: Tx) -> None:
+def _compare(source: Tx, target: Tx, progress: Progress) -> None:
+    told = _Told("compared", _how_many(source), progress)
     for name in ORDER:
-        for here, there in zip_longest(source.each(_ROWS[name]), target.each(_ROWS[name])):
+        for here, there in zip_longest(told.each(source.each(_ROWS[name])), target.each(_ROWS[name])):
             if here != there:
                 raise Refused(f"a row of {name} is not there what it is here: nothing was moved")
+
+
+def _how_many(source: Tx) -> int:
+    """Rows of all tables."""
+    counts = (source.one(_HOW_MANY[name]) for name in ORDER)
+    return sum(count[0] for count in counts if count is not None)
+
+
+class _Told:
+    """Rows that are counted as they pass."""
+
+    def __init__(self, done: str, total: int, progress: Progress) -> None:
+        self._done, self._total, self._progress = done, total, progress
+        self._rows = 0
+
+    def each(self, rows: Iterator[Row]) -> Iterator[Row]:
+        for row in rows:
+            self._rows += 1
+            if self._rows % PROGRESS_EVERY == 0 or self._rows == self._total:
+                self._progress(self._done, self._rows, self._total)
+            yield row

@@ -52,7 +52,11 @@ def day(name: str) -> date | None:
 
 
 def model() -> str | None:
-    return request.args.get("model", "").strip()[:MODEL_MAX] or None
+    """``?model=fal-ai/flux/dev``; one that nobody calls is one without calls. Raises `BadRequest`."""
+    text = request.args.get("model", "").strip()[:MODEL_MAX]
+    if not text.isprintable():
+        raise BadRequest("model: a name such as fal-ai/flux/dev is expected.")
+    return text or None
 
 
 def key_id() -> int | None:

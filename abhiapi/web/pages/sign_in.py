@@ -146,7 +146,7 @@ def _known(text: str, password: str) -> User | None:
     rt = runtime()
 
     def read(tx: Tx) -> tuple[User, str | None] | None:
-        user = users.find(tx, text.strip().lower()) if len(text) <= 254 else None
+        user = users.find(tx, text.strip().lower()) if len(text) <= 254 and text.isprintable() else None
         return (user, users.password_hash(tx, user.user_id)) if user is not None else None
 
     found = rt.reader.read(read)
