@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from sqlalchemy import text
 
-from abhiapi import accounts, db_postgres, migrations, migrations_postgres, processes
+from abhiapi import accounts, db_base, db_postgres, migrations, migrations_postgres, processes
 from abhiapi.committer import GroupCommitter
 from abhiapi.db import Busy, Database, Tx, database_at
 from abhiapi.errors import BadRequest, DatabaseUnavailable, SchemaError
@@ -220,6 +220,37 @@ def test_what_came_of_a_commit_whose_answer_was_lost_is_found_out(
     else:
         command.write(create("dan"))
     assert names(database) == ["ann", "bob", "cid", *(["dan"] if when == "after" else [])]
+
+
+def test_a_command_asks_until_the_outcome_is_known_and_else_says_that_it_is_not(
+    relay: Relay, database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plain failure would be repeated, and the credit there twice."""
+    monkeypatch.setattr(db_base, "ASK_AGAIN_S", 0.01)
+    command = database_at(relay.url(database_url))
+    has_committed, tries = command.has_committed, 0
+
+    def at_last(mark: tuple[int, int]) -> bool:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise DatabaseUnavailable("not yet")
+        return has_committed(mark)
+
+    def never(mark: tuple[int, int]) -> bool:
+        raise DatabaseUnavailable("not yet")
+
+    monkeypatch.setattr(command, "has_committed", at_last)
+    command.write(create("ann"))
+    relay.cut_at = "after"
+    command.write(create("bob"))
+    assert tries == 3
+    monkeypatch.setattr(command, "has_committed", never)
+    monkeypatch.setattr(db_base, "FIND_OUT_S", 0.05)
+    relay.cut_at = "after"
+    with pytest.raises(db_base.NeverKnown, match=r"not known whether this was written.*abhiapi ledger show"):
+        command.write(create("cid"))
+    assert names(database) == ["ann", "bob", "cid"]
 
 
 def test_an_outcome_that_nobody_can_tell_yet_is_waited_for_and_those_who_come_meanwhile_are_refused(
