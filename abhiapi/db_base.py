@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from time import monotonic, sleep
 from typing import Any, TypeVar
 
 from sqlalchemy import BigInteger, Integer, Table, Text
@@ -26,6 +27,8 @@ Row = tuple[Any, ...]
 
 CLI_PATIENCE_S = 15  # a command waits this long for its turn to write
 HAS_NUL = "the text has a NUL character in it, which cannot be stored"  # PostgreSQL cannot, so no engine does
+FIND_OUT_S = 60  # and asks for so long what came of a commit whose answer was lost
+ASK_AGAIN_S = 1
 
 _in_transaction: ContextVar[bool] = ContextVar("abhiapi_in_transaction", default=False)
 
@@ -40,6 +43,10 @@ class OutcomeUnknown(DatabaseUnavailable):
     def __init__(self, mark: tuple[int, int]) -> None:
         super().__init__("the connection to the database was lost during a commit", retry_after_s=5)
         self.mark = mark
+
+
+class NeverKnown(DatabaseUnavailable):
+    """It could not be found out whether something was written: whoever repeats it has to look first."""
 
 
 def assert_no_transaction() -> None:
@@ -217,11 +224,27 @@ class Database(ABC):
                 result = op(session.tx)
             session.commit()
         except OutcomeUnknown as lost:
-            if not self.has_committed(lost.mark):
+            if not self._has_committed_after_all(lost):
                 raise DatabaseUnavailable(f"nothing was written: {lost.message}", retry_after_s=5) from lost
         finally:
             session.roll_back()
         return result
+
+    def _has_committed_after_all(self, lost: OutcomeUnknown) -> bool:
+        """What came of a commit, asked for again and again. Raises `NeverKnown` where nobody could tell in all that
+        time."""
+        give_up = monotonic() + FIND_OUT_S
+        while True:
+            try:
+                return self.has_committed(lost.mark)
+            except DatabaseUnavailable as error:
+                if monotonic() > give_up:
+                    raise NeverKnown(
+                        f"{lost.message}, and it is not known whether this was written: look before you repeat it, "
+                        "for money at `abhiapi ledger show`",
+                        retry_after_s=5,
+                    ) from error
+            sleep(ASK_AGAIN_S)
 
 
 class position(FunctionElement[int]):

@@ -54,13 +54,17 @@ _LIVES = 0x41424850  # "ABHP": the locks of processes; the second number is the 
 _OPTIONS = {
     "timezone": "UTC",
     "synchronous_commit": "on",
+    "default_transaction_isolation": r"read\ committed",
+    "statement_timeout": "0",  # a role's own limit must not cut writes; look-ups have theirs
     "idle_in_transaction_session_timeout": "15s",  # a host that vanished in its turn must not keep it
     "tcp_keepalives_idle": "10",
     "tcp_keepalives_interval": "5",
     "tcp_keepalives_count": "2",
     "jit": "off",
 }
-_BEGIN = "BEGIN; SELECT pg_advisory_xact_lock(1094862921)"  # "ABHI": the turn to write
+# "ABHI": the turn to write. Its isolation is named: a role may have another default, under which what the last writer
+# has committed would not be seen.
+BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SELECT pg_advisory_xact_lock(1094862921)"
 _SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 _MARK = (
     "INSERT INTO commit_marks (writer, number, made_at) VALUES (%s, %s, extract(epoch FROM now())::bigint)"
@@ -84,9 +88,11 @@ _KEYS_OF = (
     " WHERE c.contype = 'f' AND c.connamespace = current_schema()::regnamespace AND c.conname = %s"
     " AND c.conrelid = %s::regclass"
 )
+_IS_STANDBY = "SELECT pg_is_in_recovery()"
 _SEQUENCE = "SELECT pg_get_serial_sequence(%s, %s)"
-# Trouble by its SQLSTATE that psycopg does not call operational: read-only (a standby), a session ended for idling.
-_TROUBLES = {"25006", "25P03"}
+# Trouble by its SQLSTATE that psycopg does not call operational: a standby (which refuses READ WRITE, and writes), a
+# session ended for idling.
+_TROUBLES = {"0A000", "25006", "25P03"}
 _BUSY = {"55P03", "57014", "40001", "40P01"}
 
 
@@ -261,7 +267,7 @@ class PostgresSession(Session):
 
     def begin(self) -> None:
         with self._database.translating():
-            self._connection.execute(_BEGIN, prepare=False)
+            self._connection.execute(BEGIN, prepare=False)
 
     def changes(self) -> int:
         return self.tx.changes
@@ -456,7 +462,8 @@ class PostgresDatabase(Database):
         connection = self.connect(lock_timeout=f"{CLI_PATIENCE_S}s")
         try:
             with self.translating():
-                connection.execute(_BEGIN, prepare=False)
+                _refuse_standby(connection)
+                connection.execute(BEGIN, prepare=False)
                 row = connection.execute(_MARKED, mark[:1]).fetchone()
                 return row is not None and row[0] >= mark[1]
         finally:
@@ -480,8 +487,7 @@ class PostgresDatabase(Database):
         """Those whose lock was found free at every look of some time."""
         if not pids:
             return set()
-        rows = self.pooled(lambda _, connection: connection.execute(_LIVING, (_LIVES,)).fetchall())
-        living, now = {row[0] for row in rows}, monotonic()
+        living, now = self.pooled(lambda _, connection: _living(connection)), monotonic()
         self._free_since = {
             process_id: self._free_since.get(process_id, now) for process_id in pids if process_id not in living
         }
@@ -498,6 +504,19 @@ class PostgresDatabase(Database):
                 when_waiting(FREE_FOR_S)
                 is_told = True
             sleep(1)
+
+
+def _living(connection: Connection) -> set[int]:
+    """Whose locks are held."""
+    _refuse_standby(connection)
+    return {row[0] for row in connection.execute(_LIVING, (_LIVES,)).fetchall()}
+
+
+def _refuse_standby(connection: Connection) -> None:
+    """Raises `DatabaseUnavailable` on a server that follows another: locks are local to a server."""
+    row = connection.execute(_IS_STANDBY).fetchone()
+    if row is None or row[0]:
+        raise DatabaseUnavailable("the database cannot be used: its server is a standby", retry_after_s=5)
 
 
 class _Context:
@@ -569,5 +588,6 @@ def _parameters(url: URL) -> dict[str, Any]:
         "tcp_user_timeout": 20_000,  # ms
         "client_encoding": "UTF8",
     } | own
+    given["target_session_attrs"] = "read-write"  # a standby knows nothing of our locks, and takes no writes
     given["options"] = f"{own.get('options', '')}{settings}".strip()
     return {name: value for name, value in given.items() if value is not None}

@@ -15,7 +15,7 @@ import psycopg
 from psycopg import sql
 
 from abhiapi.db import CLI_PATIENCE_S, Database, Tx
-from abhiapi.db_postgres import Connection, PostgresDatabase, PostgresTx
+from abhiapi.db_postgres import BEGIN, Connection, PostgresDatabase, PostgresTx
 from abhiapi.errors import Refused, SchemaError
 
 BORN = 10  # the version that the first PostgreSQL schema had
@@ -23,7 +23,6 @@ BORN = 10  # the version that the first PostgreSQL schema had
 STEPS: tuple[str, ...] = ()
 SERVER_LEAST = 13
 
-_BEGIN = "BEGIN; SELECT pg_advisory_xact_lock(1094862921)"  # the turn to write, as every write takes it
 _HAS_VERSION = "SELECT to_regclass('abhiapi_schema') IS NOT NULL"
 _VERSION = "SELECT version FROM abhiapi_schema"
 _ARRIVING = "SELECT arriving, origin FROM abhiapi_schema WHERE arriving IS NOT NULL"
@@ -44,7 +43,7 @@ def migrate(database: Database, version: int) -> str | None:
             found = version_of(connection, database.name)
             if found == version:
                 return None
-            connection.execute(_BEGIN, prepare=False)
+            connection.execute(BEGIN, prepare=False)
             found = version_of(connection, database.name)  # another process may have been faster
             if found == version:
                 return None
@@ -96,7 +95,7 @@ def arrival(target: Database, version: int, number: str, origin: str) -> Iterato
     try:
         check_server(connection, target.name)
         with target.translating():
-            connection.execute(_BEGIN, prepare=False)
+            connection.execute(BEGIN, prepare=False)
             _clear(connection, target.name, origin)
             schema = schema_sql().encode()
             connection.execute(schema, prepare=False)

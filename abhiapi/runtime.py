@@ -11,7 +11,7 @@ from functools import partial
 from typing import TypeVar
 
 import gevent
-from gevent.event import Event
+from gevent.event import AsyncResult, Event
 
 from abhiapi import addresses, alerts, keys, prices, pricing, processes, signing
 from abhiapi.committer import GroupCommitter, in_thread
@@ -75,6 +75,8 @@ class Runtime:
     _catalogue: pricing.Catalogue | None = None
     _catalogue_version: prices.Version = (-1, -1, -1)
     _catalogue_at: int = 0
+    _catalogue_reading: AsyncResult[pricing.Catalogue] | None = None  # by a greenlet, just now
+    _catalogue_reads: int = 0
     price_list: tuple[pricing.Catalogue, bytes] | None = None  # as GET /v1/prices answers it
     price_ids: dict[tuple[str, ...], int] = field(default_factory=dict)
     answering: dict[int, Event] = field(default_factory=dict)  # calls whose answer may still be kept for a repeat
@@ -150,15 +152,44 @@ class Runtime:
         return self.reader.read(lambda tx: keys.authenticate_inside(tx, account_id, now_ms=now))
 
     def catalogue(self, version: prices.Version | None = None) -> pricing.Catalogue:
-        """The prices in force. ``version`` is what the caller has just read of them."""
+        """The prices in force. ``version`` is what the caller has just read of them.
+
+        Read by one greenlet for all: others wait for it, or go on with what is only due to be read anew.
+        """
         if version is None:
             version = self.reader.read(prices.version)
         now = self.now_ms()
-        is_old = not 0 <= now - self._catalogue_at < CATALOGUE_LASTS_MS  # what calls cost is read anew now and then
-        if self._catalogue is None or version != self._catalogue_version or is_old:
-            self._catalogue = self.reader.read(lambda tx: prices.catalogue(tx, self.rules, self.settings, now_ms=now))
-            self._catalogue_version, self._catalogue_at = version, now
-        return self._catalogue
+        before_us = self._catalogue_reads
+        while True:
+            reading, number = self._catalogue_reading, self._catalogue_reads
+            if self._catalogue is not None and version == self._catalogue_version:
+                is_old = not 0 <= now - self._catalogue_at < CATALOGUE_LASTS_MS  # what calls cost is read now and then
+                if reading is not None or not is_old:
+                    return self._catalogue
+            if reading is None:
+                return self._read_catalogue(now)
+            reading.wait()
+            if isinstance(reading.exception, DatabaseUnavailable):
+                raise reading.exception
+            if reading.value is not None and number > before_us:  # begun after the caller had looked: as new as that
+                return reading.value
+
+    def _read_catalogue(self, now: int) -> pricing.Catalogue:
+        reading: AsyncResult[pricing.Catalogue] = AsyncResult()
+        self._catalogue_reading = reading
+        self._catalogue_reads += 1
+        try:
+            version, found = self.reader.read(
+                lambda tx: (prices.version(tx), prices.catalogue(tx, self.rules, self.settings, now_ms=now))
+            )
+        except BaseException as error:
+            reading.set_exception(error)
+            raise
+        finally:
+            self._catalogue_reading = None
+        self._catalogue, self._catalogue_version, self._catalogue_at = found, version, now
+        reading.set(found)
+        return found
 
     def oldest_hold_s(self) -> int:
         """The age of the oldest open hold, as of the last look; 0 when nothing is held."""

@@ -68,6 +68,15 @@ class Postgres:
     def stop(self, mode: str = "immediate") -> None:
         self._do("pg_ctl", "-m", mode, "-w", "stop")
 
+    def become_standby(self) -> None:
+        """Start anew as one that follows (nobody): it reads, and takes no writes."""
+        self.stop("fast")
+        (self.folder / "data" / "standby.signal").touch()
+        self.go()
+
+    def promote(self) -> None:
+        self._do("pg_ctl", "-w", "promote")
+
     def remove(self) -> None:
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)

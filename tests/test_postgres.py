@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from sqlalchemy import text
 
-from abhiapi import accounts, db_postgres, migrations, migrations_postgres, processes
+from abhiapi import accounts, db_base, db_postgres, migrations, migrations_postgres, processes
 from abhiapi.committer import GroupCommitter
 from abhiapi.db import Busy, Database, Tx, database_at
 from abhiapi.errors import DatabaseUnavailable, SchemaError
@@ -76,6 +76,17 @@ def test_writers_take_turns_and_whoever_waits_too_long_is_told_so(database: Data
         other.execute("ROLLBACK")
     assert trouble.value.status == 503
     database.write(create("ann"), patience_s=0)
+
+
+def test_what_a_role_has_by_default_changes_no_write(database: Database, database_url: str) -> None:
+    """Under REPEATABLE READ a writer would not see what the one before it committed while it waited for its turn."""
+    name = database_url.rpartition("/")[2]
+    with raw(database_url) as other:
+        other.execute(f"ALTER DATABASE {name} SET default_transaction_isolation = 'repeatable read'")
+        other.execute(f"ALTER DATABASE {name} SET statement_timeout = '1ms'")
+    found = text("SELECT current_setting('transaction_isolation'), current_setting('statement_timeout')")
+    for one in (database, database_at(database_url + "?options=-c%20default_transaction_isolation%3Dserializable")):
+        assert one.write(lambda tx: tx.one(found)) == ("read committed", "0")
 
 
 def test_a_broken_constraint_undoes_the_group_and_harms_no_neighbour(database: Database) -> None:
@@ -142,7 +153,7 @@ class Relay:
 
     def _onwards(self, near: socket.socket, far: socket.socket, doomed: threading.Event) -> None:
         while data := _received(near):
-            if self.cut_at and b"COMMIT" in data:
+            if self.cut_at and b"COMMIT\0" in data:
                 when, self.cut_at = self.cut_at, ""
                 if when == "before":
                     break
@@ -207,6 +218,37 @@ def test_what_came_of_a_commit_whose_answer_was_lost_is_found_out(
     else:
         command.write(create("dan"))
     assert names(database) == ["ann", "bob", "cid", *(["dan"] if when == "after" else [])]
+
+
+def test_a_command_asks_until_the_outcome_is_known_and_else_says_that_it_is_not(
+    relay: Relay, database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plain failure would be repeated, and the credit there twice."""
+    monkeypatch.setattr(db_base, "ASK_AGAIN_S", 0.01)
+    command = database_at(relay.url(database_url))
+    has_committed, tries = command.has_committed, 0
+
+    def at_last(mark: tuple[int, int]) -> bool:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise DatabaseUnavailable("not yet")
+        return has_committed(mark)
+
+    def never(mark: tuple[int, int]) -> bool:
+        raise DatabaseUnavailable("not yet")
+
+    monkeypatch.setattr(command, "has_committed", at_last)
+    command.write(create("ann"))
+    relay.cut_at = "after"
+    command.write(create("bob"))
+    assert tries == 3
+    monkeypatch.setattr(command, "has_committed", never)
+    monkeypatch.setattr(db_base, "FIND_OUT_S", 0.05)
+    relay.cut_at = "after"
+    with pytest.raises(db_base.NeverKnown, match=r"not known whether this was written.*abhiapi ledger show"):
+        command.write(create("cid"))
+    assert names(database) == ["ann", "bob", "cid"]
 
 
 def test_an_outcome_that_nobody_can_tell_yet_is_waited_for_and_those_who_come_meanwhile_are_refused(
@@ -289,6 +331,33 @@ def _is_free(url: str) -> bool:
             " WHERE application_name LIKE 'abhiapi-process-%' AND datname = current_database()"
         ).fetchone()
         return row == (0,)
+
+
+def test_a_standby_is_refused_and_its_answers_are_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks are local to a server: on a standby every process of the primary's looks dead, and no commit made."""
+    server = Postgres.start()
+    try:
+        server.make_template()
+        server.become_standby()
+        url = server.url("fresh")
+        with pytest.raises(DatabaseUnavailable):
+            database_at(url + "?target_session_attrs=any").reads().read(accounts.everyone)
+        misled = database_at(url)
+        assert isinstance(misled, db_postgres.PostgresDatabase)
+        monkeypatch.setitem(misled._parameters, "target_session_attrs", "any")  # as behind some proxies
+        assert misled.read(accounts.everyone) == []
+        with pytest.raises(DatabaseUnavailable, match="standby"):
+            misled.dead({1: 1})
+        with pytest.raises(DatabaseUnavailable, match="standby"):
+            misled.has_committed((1, 1))
+        with pytest.raises(DatabaseUnavailable):
+            misled.write(create("ann"))
+        assert misled._free_since == {}
+        server.promote()
+        misled.write(create("ann"))
+        assert misled.dead({1: 1}) == set()
+    finally:
+        server.remove()
 
 
 def test_a_database_of_another_program_or_a_newer_version_is_refused(postgres: Postgres, database_url: str) -> None:
