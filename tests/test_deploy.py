@@ -295,6 +295,28 @@ def test_the_backup_service_makes_a_copy_that_verifies(tmp_path: Path) -> None:
     assert json.loads(verified.stdout)["accounts"] == 1
 
 
+def test_a_command_of_roots_has_the_services_user_folder_and_settings(tmp_path: Path) -> None:
+    """Else it makes a second ledger, and tells of that; what it is asked passes as it is."""
+    stub = tmp_path / "systemd-run"
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stub.chmod(0o755)
+    ran = subprocess.run(
+        [str(DEPLOY / "abhiapi"), "topup", "acme", "5", "--note", "two words"],
+        env=environment(PATH=f"{tmp_path}:/usr/bin:/bin"), capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    options, program = ran.stdout.split("\n--\n")
+    service = unit("abhiapi.service")
+    said = options.splitlines()
+    assert [word[9:] for word in said if word.startswith("--setenv=")] == service["Environment"]
+    for option, key in (("--uid=", "User"), ("--working-directory=", "WorkingDirectory")):
+        assert option + service[key][0] in said
+    for key in ("EnvironmentFile", "UMask"):
+        assert f"--property={key}={service[key][0]}" in said
+    assert program.splitlines() == [service["ExecStart"][0].split()[0], "topup", "acme", "5", "--note", "two words"]
+    known = subprocess.run(["systemd-run", "--help"], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert {word.partition("=")[0] for word in said} <= set(re.findall(r"--[a-z-]+", known))
+
+
 def test_units_are_accepted_and_hardened(tmp_path: Path) -> None:
     """As they are, but for the program, which is not installed where the tests run."""
     for path in UNITS:

@@ -22,7 +22,9 @@ from tests.harness import ROOT
 BOARD = ROOT / "deploy/grafana/abhiapi.json"
 RULES = ROOT / "deploy/prometheus/alerts.yml"
 _NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
-_WORDS = frozenset("sum by max min rate increase topk histogram_quantile time and or on ignoring without bool".split())
+_WORDS = frozenset(
+    "sum by max min rate increase topk histogram_quantile max_over_time time and or on ignoring without bool".split()
+)
 
 
 def board_queries() -> Iterator[str]:
@@ -44,7 +46,8 @@ def known() -> dict[str, set[str]]:
     metrics.rounds.labels("sweep")
     metrics.webhooks.labels("delivered")
     metrics.webhooks_received.labels("200")
-    metrics.gauge("abhiapi_in_flight", "as runtime.start adds it", lambda: 0)
+    for name in re.findall(r'metrics\.gauge\(\s*"(\w+)"', (ROOT / "abhiapi/runtime.py").read_text()):
+        metrics.gauge(name, "as runtime.start adds it", lambda: 0)
     seen = Vitals({"sent": Holds(1, 2, 3)}, {"due": 1, "waiting": 0}, 1, dict.fromkeys(KINDS, 1), 1, 1, 1)
     metrics.watch(lambda: samples(seen, 10))
     found: dict[str, set[str]] = {"up": {"job", "instance"}}
