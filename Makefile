@@ -1,6 +1,7 @@
 # Five verbs. Each installs what it needs into .venv first; nothing else has to be done by hand.
 PORT ?= 8000
 BIN = .venv/bin
+WORKERS ?= $(shell expr $$(nproc) + 1)  # tests wait for other processes about a third of their time
 MONEY = money estimates pricing metering ledger  # every line and branch of these is tested
 
 .PHONY: run test check bench clean
@@ -14,7 +15,7 @@ run: ## Serve fal if FAL_KEY is set (here or in .env), else the built-in simulat
 test: check ## Everything that has to be true, with coverage of the money modules.
 	@tools/browser
 	@tools/servers
-	$(BIN)/python -m pytest -n auto $(MONEY:%=--cov=abhiapi.%) --cov-report=
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(MONEY:%=--cov=abhiapi.%) --cov-report=
 	$(BIN)/python -m coverage report --fail-under=100
 
 check: ## Formatting, lint and types.
