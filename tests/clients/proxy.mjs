@@ -27,7 +27,10 @@ for await (const event of await fal.queue.streamStatus(model, { requestId, logs:
 told.streamStatus = events;
 
 const waiting = await fal.queue.submit(model, { input, headers: { "x-fal-sandbox": "queue_until=never-for-a-proxy-url" } });
-await fal.queue.cancel(model, { requestId: waiting.request_id });
+// A server in between that passes no such header on lets the job run, and it may be faster than its end.
+await fal.queue.cancel(model, { requestId: waiting.request_id }).catch((error) => {
+  if (error.body?.status !== "ALREADY_COMPLETED") throw error;
+});
 let ended = await fal.queue.status(model, { requestId: waiting.request_id });
 while (ended.status !== "COMPLETED") ended = await fal.queue.status(model, { requestId: waiting.request_id });
 told.cancelled = ended.error_type;
