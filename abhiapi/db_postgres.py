@@ -13,6 +13,7 @@ from itertools import count
 from time import monotonic, sleep
 from typing import Any, TypeVar
 
+import gevent
 import gevent.lock
 import gevent.monkey
 import gevent.socket
@@ -49,6 +50,7 @@ READERS_MAX = 8
 SNAPSHOTS_MAX = 5  # of those at most so many for longer reads: no report keeps a call waiting
 LOOK_PATIENCE_S = 3  # a look-up waits this long for a free connection
 FREE_FOR_S = 20  # a process is dead once its lock was seen free for so long: a restarted server frees all locks
+LOCK_S = 5  # a look at one's own lock, or taking it anew
 STEP_ROWS = 2000  # read from a server's cursor at once
 _LIVES = 0x41424850  # "ABHP": the locks of processes; the second number is the process's
 _OPTIONS = {
@@ -533,20 +535,34 @@ class ServerLock(ProcessLock):
         self._database = database
         self._connection: Connection | None = None
         self._process_id: int | None = None
+        self._is_released = False
 
     def take_place(self, process_id: int) -> None:
         self._process_id = process_id
         self.keep()
 
     def keep(self) -> None:
-        """Look whether the session still lives, and take the lock anew in a fresh one where it does not."""
+        """Look whether the session still lives, and take the lock anew in a fresh one where it does not.
+
+        A server that takes what it is sent and says nothing is waited for a moment only: others may call us dead soon.
+        """
         if self._connection is not None:
             try:
-                self._connection.execute("SELECT 1")
+                with _at_most(LOCK_S):
+                    self._connection.execute("SELECT 1")
                 return
-            except psycopg.Error:
+            except (psycopg.Error, DatabaseUnavailable):
                 self._connection.close()
                 self._connection = None
+        with _at_most(LOCK_S):
+            connection = self._taken()
+        if self._is_released and connection is not None:
+            connection.close()
+        else:
+            self._connection = connection
+
+    def _taken(self) -> Connection | None:
+        """The lock in a new session; None: the lost session's end has not been noticed yet, and it speaks for us."""
         connection = self._database.connect(application_name=f"abhiapi-process-{self._process_id}")
         try:
             with self._database.translating():
@@ -555,11 +571,12 @@ class ServerLock(ProcessLock):
             connection.close()
             raise
         if row is not None and row[0]:
-            self._connection = connection
-        else:  # the lost session's has not been noticed yet: until then it speaks for us, and we try again
-            connection.close()
+            return connection
+        connection.close()
+        return None
 
     def release(self) -> None:
+        self._is_released = True
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -568,6 +585,10 @@ class ServerLock(ProcessLock):
 def _is_about_nul(error: psycopg.DataError) -> bool:
     """Whether psycopg refused a text, before the server heard of it."""
     return error.sqlstate is None and "NUL" in str(error)
+
+
+def _at_most(wait_s: int) -> gevent.Timeout:
+    return gevent.Timeout(wait_s, DatabaseUnavailable("the database does not answer", retry_after_s=5))
 
 
 def _parameters(url: URL) -> dict[str, Any]:

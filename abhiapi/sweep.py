@@ -23,7 +23,6 @@ GRACE_MS = 30_000  # an answer may still be on its way to the ledger for this lo
 
 def run_once(runtime: Runtime) -> int:
     """End every hold that has nobody left to end it, or leave it to the operator; how many."""
-    runtime.lock.keep()
     count = _sweep_overdue(runtime)
     pids = dict(runtime.reader.read(processes.running)) | dict(runtime.reader.read(calls.holding_processes))
     pids.pop(runtime.process_id, None)

@@ -17,6 +17,7 @@ from abhiapi.settings import Settings
 from abhiapi.web import create_app
 
 PRICES_LOOK_S = 60  # how often a server looks whether fal's prices are due
+LOCK_LOOK_S = 3  # how often a server looks whether it is still seen to live
 SWEEP_MAX_S = 10  # between sweeps: what a dead process held is free within a minute
 ROUND_PAUSE_S = 0.5  # between rounds of the reconciler that take as long as the interval
 
@@ -33,6 +34,18 @@ def sweep_for_ever(rt: runtime.Runtime) -> None:
             runtime.log.warning("the sweep will be tried again: %s", error.message)
         except Exception:  # a bug, or trouble of the system's: without this line no hold would ever be swept again
             runtime.log.exception("the sweep failed and will be tried again")
+
+
+def live_for_ever(rt: runtime.Runtime) -> None:
+    """Keep the lock that says that this process lives; beside the sweep, which may take longer than that lasts."""
+    while True:
+        gevent.sleep(LOCK_LOOK_S)
+        try:
+            rt.lock.keep()
+        except AbhiError as error:
+            runtime.log.warning("the lock of this process will be looked at again: %s", error.message)
+        except Exception:  # as above: without this line others would take this process for dead
+            runtime.log.exception("keeping the lock of this process failed and will be tried again")
 
 
 def reconcile_for_ever(rt: runtime.Runtime) -> None:
@@ -80,6 +93,7 @@ def alert_for_ever(rt: runtime.Runtime) -> None:
 
 rt = runtime.start(Settings.from_env())
 sweep.run_once(rt)  # holds of a process that was killed end before the first call comes in
+gevent.spawn(live_for_ever, rt)
 gevent.spawn(sweep_for_ever, rt)
 gevent.spawn(reconcile_for_ever, rt)
 gevent.spawn(webhook_delivery.Deliveries(rt).run_for_ever)

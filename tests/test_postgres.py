@@ -324,6 +324,32 @@ def test_a_process_is_dead_when_its_lock_was_free_for_long_enough(
     assert observer.is_dead(number, 1)
 
 
+def test_a_lock_is_taken_anew_where_the_server_says_nothing(
+    database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a failover that left the old connection hanging: others would take the process for dead."""
+    lock = database.process_lock()
+    assert isinstance(lock, db_postgres.ServerLock)
+    lock.take_place(7)
+    silent = lock._connection
+    assert silent is not None
+
+    def nothing(*_: object) -> None:
+        silent.close()  # the server notices its end, and frees the lock
+        until(lambda: _is_free(database_url), what="the server notices the end of the session")
+        gevent.sleep(60)
+
+    monkeypatch.setattr(silent, "execute", nothing)
+    monkeypatch.setattr(db_postgres, "LOCK_S", 1)
+    lock.keep()
+    assert lock._connection not in (None, silent)
+    assert database.dead({7: 1}) == set()
+    assert database._free_since == {}  # type: ignore[attr-defined]
+    lock.release()
+    lock.keep()
+    assert lock._connection is None  # nobody comes back after the end
+
+
 def _is_free(url: str) -> bool:
     with raw(url) as other:
         row = other.execute(
