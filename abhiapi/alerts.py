@@ -64,11 +64,12 @@ _TO_DELIVER = (
     .order_by(_t.alert_id)
     .limit(bindparam("most"))
 )
-_DELIVERED = (
+_TRY = (
     update(tables.alerts)
-    .where(_t.alert_id == bindparam("alert"))
-    .values(tries=_t.tries + 1, delivered_at=bindparam("at"))
+    .where(_t.alert_id == bindparam("alert"), _t.tries == bindparam("seen"), _t.delivered_at.is_(None))
+    .values(tries=_t.tries + 1)
 )
+_DELIVERED = update(tables.alerts).where(_t.alert_id == bindparam("alert")).values(delivered_at=bindparam("at"))
 _THRESHOLD = (
     update(tables.accounts).where(_a.account_id == bindparam("account")).values(alert_below_micros=bindparam("below"))
 )
@@ -175,9 +176,14 @@ def to_deliver(tx: Tx, *, since: int, most: int) -> list[Alert]:
     return [Alert(*row) for row in tx.all(_TO_DELIVER, since=since, most=most)]
 
 
-def tried(tx: Tx, alert_id: int, *, delivered_at: int | None) -> None:
-    """Note a try of the webhook, and whether it was taken."""
-    tx.run(_DELIVERED, alert=alert_id, at=delivered_at)
+def claim_try(tx: Tx, alert: Alert) -> bool:
+    """Claim the next try of the webhook; False where another process was faster."""
+    return tx.run(_TRY, alert=alert.alert_id, seen=alert.tries) == 1
+
+
+def delivered(tx: Tx, alert_id: int, *, now_ms: int) -> None:
+    """The webhook has taken it."""
+    tx.run(_DELIVERED, alert=alert_id, at=now_ms)
 
 
 def open_holds(tx: Tx) -> OpenHolds:

@@ -6,7 +6,7 @@ time that lies too far ahead is a clock that was wrong, and counts as past.
 
 from __future__ import annotations
 
-from sqlalchemy import bindparam, insert, or_, select, update
+from sqlalchemy import bindparam, func, insert, or_, select, update
 
 from abhiapi import tables
 from abhiapi.db import Tx
@@ -32,6 +32,13 @@ _DONE = (
     .where(_t.name == bindparam("of_name"))
     .values(due_at=bindparam("due"), claimed_until=0, done_at=bindparam("now"))
 )
+_OWN = (_t.name == bindparam("of_name"), _t.claimed_until == bindparam("was"))
+_RENEW = update(tables.timers).where(*_OWN).values(claimed_until=bindparam("until"))
+_RELEASE = (
+    update(tables.timers)
+    .where(*_OWN)
+    .values(due_at=bindparam("due"), claimed_until=0, done_at=func.coalesce(bindparam("done"), _t.done_at))
+)
 _FAILED = update(tables.timers).where(_t.name == bindparam("of_name")).values(due_at=bindparam("due"), claimed_until=0)
 
 
@@ -56,6 +63,16 @@ def done(tx: Tx, name: str, *, now_ms: int, due_in_ms: int) -> None:
 def failed(tx: Tx, name: str, *, now_ms: int, due_in_ms: int) -> None:
     """The work failed and is tried again by then."""
     tx.run(_FAILED, of_name=name, due=now_ms + due_in_ms)
+
+
+def renew(tx: Tx, name: str, *, was: int, until: int) -> bool:
+    """Keep a claim that ended at ``was``, which no other claim does; False where it is somebody else's by now."""
+    return tx.run(_RENEW, of_name=name, was=was, until=until) == 1
+
+
+def release(tx: Tx, name: str, *, was: int, due_at: int, done_at: int | None) -> bool:
+    """Give a claim back, with the work done or not; False where it is somebody else's by now."""
+    return tx.run(_RELEASE, of_name=name, was=was, due=due_at, done=done_at) == 1
 
 
 def done_at(tx: Tx, name: str) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +14,7 @@ import gevent
 import pytest
 import requests
 
-from abhiapi import accounts, admission, alerting, alerts, calls, prices, runtime
+from abhiapi import accounts, admission, alerting, alerts, calls, prices, runtime, turns
 from abhiapi.alerts import Alert
 from abhiapi.db import Database, Tx
 from abhiapi.ids import call_text
@@ -201,6 +201,114 @@ def test_a_webhook_that_is_gone_delays_nothing_and_shows_no_address(
     assert SECRET_PATH not in caplog.text
     (alert,) = database.read(alerts.standing)
     assert (alert.tries, alert.delivered_at) == (1, None)
+
+
+class Interrupted(OperatorWebhook):
+    """A webhook in whose midst other processes have their look."""
+
+    def __init__(self, meanwhile: Callable[[], object]) -> None:
+        self.documents: list[dict[str, object]] = []
+        self._meanwhile = meanwhile
+
+    def post(self, document: dict[str, object]) -> str | None:
+        self.documents.append(document)
+        self._meanwhile()
+        return None
+
+
+@pytest.fixture
+def other(rt: runtime.Runtime, tmp_path: Path, clock: Clock) -> Iterator[runtime.Runtime]:
+    """A second process over the same database."""
+    made = runtime.start(server_settings(tmp_path), now_ms=clock, rules=())
+    yield made
+    made.close()
+
+
+def raised(rt: runtime.Runtime, kind: str, subject: str) -> None:
+    rt.write(lambda tx: alerts.raise_(tx, kind, subject, "words", now_ms=rt.now_ms()))
+
+
+@pytest.mark.parametrize("age_ms", [0, 3_600_000])
+def test_of_two_processes_one_posts_an_alert(
+    rt: runtime.Runtime, other: runtime.Runtime, clock: Clock, age_ms: int
+) -> None:
+    """However long ago it was announced: what is on its way is nobody else's."""
+    for number in range(5):
+        raised(rt, "below_cost", f"m{number}")
+    alerting.run_once(rt, None)
+    clock.tick(age_ms)
+    theirs = Interrupted(lambda: None)
+    ours = Interrupted(lambda: alerting.run_once(other, theirs))
+    alerting.run_once(rt, ours)
+    alerting.run_once(other, theirs)
+    assert sorted(str(document["subject"]) for document in ours.documents + theirs.documents) == [
+        f"m{number}" for number in range(5)
+    ]
+
+
+def test_what_a_process_was_posting_when_it_died_is_posted_by_another(
+    rt: runtime.Runtime, other: runtime.Runtime, clock: Clock
+) -> None:
+    class Death(BaseException):
+        pass
+
+    def die() -> None:
+        raise Death
+
+    raised(rt, "below_cost", "m")
+    theirs = Interrupted(lambda: None)
+    with pytest.raises(Death):
+        alerting.run_once(rt, Interrupted(die))
+    alerting.run_once(other, theirs)
+    assert theirs.documents == []
+    clock.tick(turns.LEASE_MS + alerting.FIRST_PAUSE_MS)
+    alerting.run_once(other, theirs)
+    assert len(theirs.documents) == 1
+
+
+def test_a_charge_that_waits_in_one_process_is_not_over_for_another(
+    rt: runtime.Runtime, other: runtime.Runtime, database: Database, clock: Clock
+) -> None:
+    rt.parked = 1
+    raised(rt, "parked_charge", "charges")
+    for _ in range(100):
+        clock.tick(5_000)
+        alerting.run_once(other, None)
+        alerting.run_once(rt, None)
+        assert standing(database) == [("parked_charge", "charges")]
+    rt.parked = 0
+    clock.tick(alerting.quiet_ms("parked_charge", rt.settings) + alerting.RENEWED_MS)
+    alerting.run_once(other, None)
+    assert standing(database) == []
+    assert len(database.read(lambda tx: alerts.newest(tx, most=10))) == 1
+
+
+def test_a_proxy_that_one_process_saw_is_not_over_for_another(
+    rt: runtime.Runtime, other: runtime.Runtime, database: Database, clock: Clock
+) -> None:
+    raised(rt, "unexpected_proxy", "proxy")
+    for _ in range(30):
+        rt.proxy_seen_at = clock.tick(3_600_000)
+        alerting.run_once(rt, None)
+        alerting.run_once(other, None)
+        assert standing(database) == [("unexpected_proxy", "proxy")]
+    clock.tick(alerting.PROXY_FORGOTTEN_MS + 1)
+    alerting.run_once(other, None)
+    assert standing(database) == []
+    assert len(database.read(lambda tx: alerts.newest(tx, most=10))) == 1
+
+
+def test_a_proxy_that_has_been_told_of_ends_its_alert(
+    rt: runtime.Runtime, database: Database, tmp_path: Path, clock: Clock
+) -> None:
+    raised(rt, "unexpected_proxy", "proxy")
+    told = runtime.start(server_settings(tmp_path, ABHIAPI_TRUSTED_PROXIES="1"), now_ms=clock, rules=())
+    try:
+        clock.tick(alerting.quiet_ms("unexpected_proxy", told.settings) + 1)
+        alerting.run_once(told, None)
+        assert standing(database) == []
+    finally:
+        told.close()
 
 
 def test_a_redirect_is_not_followed_and_counts_as_not_taken(receiver: Receiver) -> None:

@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
         """
         limits gate runtime admission replay
         gateway queue_gateway queue_bodies upload_gateway
-        settlement reconcile sweep sync fal_bill alerting
+        settlement reconcile sweep sync fal_bill alerting turns
         webhook_intake webhook_delivery
         telemetry monitoring
         """,
