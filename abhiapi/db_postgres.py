@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from time import monotonic, sleep
-from typing import Any, TypeVar
+from typing import Any, LiteralString, TypeVar
 
 import gevent
 import gevent.lock
@@ -62,18 +62,21 @@ _OPTIONS = {
     "tcp_keepalives_idle": "10",
     "tcp_keepalives_interval": "5",
     "tcp_keepalives_count": "2",
+    "tcp_user_timeout": "20s",
     "jit": "off",
 }
 # "ABHI": the turn to write. Its isolation is named: a role may have another default, under which what the last writer
 # has committed would not be seen.
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SELECT pg_advisory_xact_lock(1094862921)"
 _SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+_UNHURRIED = "; SET LOCAL idle_in_transaction_session_timeout = 0; SET LOCAL statement_timeout = 0"
 _MARK = (
     "INSERT INTO commit_marks (writer, number, made_at) VALUES (%s, %s, extract(epoch FROM now())::bigint)"
     " ON CONFLICT (writer) DO UPDATE SET number = excluded.number, made_at = excluded.made_at"
 )
 _MARKED = "SELECT number FROM commit_marks WHERE writer = %s"
-_FORGET_MARKS = "DELETE FROM commit_marks WHERE made_at < extract(epoch FROM now())::bigint - 86400"
+# A mark is kept for longer than a parked charge is tried.
+_FORGET_MARKS = "DELETE FROM commit_marks WHERE made_at < extract(epoch FROM now())::bigint - 14 * 86400"
 _TAKE = "SELECT pg_try_advisory_lock(%s::int, %s::int)"
 _LIVING = (
     "SELECT objid::bigint FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 2"
@@ -95,6 +98,7 @@ _SEQUENCE = "SELECT pg_get_serial_sequence(%s, %s)"
 # Trouble by its SQLSTATE that psycopg does not call operational: a standby (which refuses READ WRITE, and writes), a
 # session ended for idling.
 _TROUBLES = {"0A000", "25006", "25P03"}
+_OURS = {"22", "23", "54"}  # classes: data, constraints, sizes: the next try would meet the same
 _BUSY = {"55P03", "57014", "40001", "40P01"}
 
 
@@ -381,14 +385,24 @@ class PostgresDatabase(Database):
         return ServerPlace()
 
     def read(self, op: Callable[[Tx], T]) -> T:
+        return self._on_snapshot(op, _SNAPSHOT)
+
+    def read_at_leisure(self, op: Callable[[Tx], T]) -> T:
+        """The same for an ``op`` that does much besides, such as writing a backup: no limit of the server's ends it."""
+        return self._on_snapshot(op, _SNAPSHOT + _UNHURRIED)
+
+    def _on_snapshot(self, op: Callable[[Tx], T], begin: LiteralString) -> T:
         def snapshot(tx: Tx, connection: Connection) -> T:
-            connection.execute(_SNAPSHOT, prepare=False)
+            connection.execute(begin, prepare=False)
             try:
                 with marked():
                     return op(tx)
             finally:
-                if not connection.closed:
-                    connection.execute("ROLLBACK", prepare=False)
+                try:
+                    if not connection.closed:
+                        connection.execute("ROLLBACK", prepare=False)
+                except psycopg.Error:
+                    connection.close()  # everything was read, or another error is on its way
 
         with self._snapshot_turns:
             return self.pooled(snapshot)
@@ -472,9 +486,9 @@ class PostgresDatabase(Database):
             connection.close()
 
     def is_trouble(self, error: BaseException) -> bool:
-        if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
-            return True
-        return isinstance(error, psycopg.Error) and error.sqlstate in _TROUBLES
+        if not isinstance(error, psycopg.Error) or (error.sqlstate or "")[:2] in _OURS:
+            return False
+        return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError) or error.sqlstate in _TROUBLES
 
     def translated(self, error: BaseException) -> DatabaseUnavailable:
         if isinstance(error, psycopg.Error) and error.sqlstate in _BUSY:

@@ -419,3 +419,35 @@ def test_a_password_is_in_no_message(postgres: Postgres) -> None:
 
 def test_steps_come_in_pairs() -> None:
     assert migrations_postgres.BORN + len(migrations_postgres.STEPS) == migrations.VERSION
+
+
+def test_a_read_that_came_through_is_not_undone_by_how_its_connection_ends(
+    database: Database, database_url: str
+) -> None:
+    """The server ends a snapshot that idles, as behind a backup that takes its time: what was read is good."""
+
+    def read(tx: Tx) -> int:
+        found = len(tx.all(text("SELECT 1")))
+        with raw(database_url) as other:
+            other.execute(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        return found
+
+    assert database.read(read) == 1
+    assert names(database) == []
+    limits = text("SELECT current_setting('idle_in_transaction_session_timeout'), current_setting('statement_timeout')")
+    assert isinstance(database, db_postgres.PostgresDatabase)
+    assert database.read_at_leisure(lambda tx: tx.one(limits)) == ("0", "0")
+    assert database.read(lambda tx: tx.one(limits)) == ("15s", "1min")
+
+
+def test_what_is_too_large_is_no_trouble_of_the_databases(database: Database) -> None:
+    """It would be tried for as long as a charge is, and the caller told to come back."""
+    for statement in ("SELECT 1 / 0", "SELECT repeat('a', 2000000000)", "UPDATE accounts SET held_micros = -1"):
+        create_and = [text(statement)]
+        with pytest.raises(psycopg.Error):
+            database.write(lambda tx, doing=create_and: (create("ann")(tx), tx.all(doing[0])))  # type: ignore[misc]
+    assert database.is_trouble(psycopg.errors.ProgramLimitExceeded()) is False
+    assert database.is_trouble(psycopg.errors.AdminShutdown()) is True

@@ -41,7 +41,9 @@ def backup(path: Path, as_json: bool) -> None:
         finding = copies.back_up(database, path)
     else:
         from abhiapi.commands import transfer
+        from abhiapi.db_postgres import PostgresDatabase
 
+        assert isinstance(database, PostgresDatabase)
         session.open_database()  # one that is not there is an error, and no empty backup
         with progress.shown() as told:
             finding = transfer.back_up(database, path, told)

@@ -20,7 +20,7 @@ from abhiapi import audit, migrations, migrations_postgres, tables
 from abhiapi.audit import Finding
 from abhiapi.commands import copies
 from abhiapi.commands.progress import Progress
-from abhiapi.db import CLI_PATIENCE_S, Database, Row, Tx, marked
+from abhiapi.db import CLI_PATIENCE_S, Row, Tx, marked
 from abhiapi.db_postgres import PostgresDatabase
 from abhiapi.db_sqlite import SqliteDatabase, translated
 from abhiapi.errors import Refused
@@ -69,20 +69,23 @@ def move(source: SqliteDatabase, target: PostgresDatabase, progress: Progress = 
     return finding
 
 
-def fill(source: SqliteDatabase, target: PostgresDatabase, progress: Progress = silent) -> Finding:
-    """Put a copy of a ledger into a database without content, which may be used at once: a backup's restoring."""
+def fill(source: SqliteDatabase, target: PostgresDatabase, origin: str, progress: Progress = silent) -> Finding:
+    """Put a copy of a ledger into a database without content, which may be used at once: a backup's restoring.
+
+    Broken off between its two commits it can be done again, from the same ``origin``.
+    """
     number = secrets.token_hex(8)
-    finding = source.read(lambda tx: _arrive(target, tx, number, source.name, progress))
+    finding = source.read(lambda tx: _arrive(target, tx, number, origin, progress))
     migrations_postgres.finish_arrival(target, number)
     return finding
 
 
-def back_up(source: Database, target: Path, progress: Progress = silent) -> Finding:
+def back_up(source: PostgresDatabase, target: Path, progress: Progress = silent) -> Finding:
     """Copy one moment of a server's ledger into a new file, which is a ledger of its own. Raises `Refused`."""
 
     def write(partial: SqliteDatabase) -> None:
         migrations.migrate(partial)
-        source.read(lambda tx: partial.write(lambda there: copy(tx, there, progress)))
+        source.read_at_leisure(lambda tx: partial.write(lambda there: copy(tx, there, progress)))
 
     return copies.new_file(target, write)
 
@@ -90,7 +93,7 @@ def back_up(source: Database, target: Path, progress: Progress = silent) -> Find
 def restore(target: PostgresDatabase, backup: Path, progress: Progress = silent) -> Finding:
     """Fill a database without content from a backup. Raises `Refused`, with nothing written."""
     with copies.brought_up_to_date(backup) as arriving:
-        return fill(arriving, target, progress)
+        return fill(arriving, target, str(backup.absolute()), progress)
 
 
 def copy(source: Tx, target: Tx, progress: Progress = silent) -> None:
