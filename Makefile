@@ -24,7 +24,7 @@ check: ## Formatting, lint and types.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: ## This proxy, nginx and the official fal proxy side by side, then jobs and streams (see bench/RESULTS.md).
+bench: ## This proxy, nginx, the official fal proxy and LiteLLM side by side, then jobs and streams (see bench/RESULTS.md).
 	@tools/bootstrap requirements-dev.txt
 	$(BIN)/python bench/run.py
 	$(BIN)/python bench/run_queue.py

@@ -43,6 +43,7 @@ def settings_page() -> str:
         "",
         "Read from the environment once, when a process starts; a `.env` file in the working folder fills in what the",
         "environment leaves out. Every bad value is reported, all together, and the process exits with status 2.",
+        "A secret, and the URLs of database and limits, may stand in a file that `NAME_FILE` names.",
         "Made by `python tools/make_docs.py`.",
         "",
         "| variable | default | meaning |",
