@@ -53,8 +53,8 @@ until they get no faster (with `--quick` only a few seconds, which Node needs mo
   than shown.
 - CPU is user and system time of the proxy's whole process tree. Memory is the sum over that tree at the end of the
   load, its peak (VmHWM) since the stack was started.
-- AbhiAPI checks a key, limits, holds, meters and charges each call on a SQLite file with `synchronous=FULL` (where a row says
-  PostgreSQL: there, with Redis, both on the proxy's core beside it, each commit synced to disk); the others
+- AbhiAPI checks a key, limits, holds, meters and charges each call on a SQLite file with `synchronous=FULL` (where a
+  row says PostgreSQL: there, with Redis, both on the proxy's core beside it, each commit synced to disk); the others
   only forward. After each round its server is stopped (after the slow calls with SIGKILL, right after the last answer);
   then `ledger verify` must be ok and the balance exact. That shows that no answer left before its charge was committed;
   it does not show what a power cut would do, which the disk decides.
