@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from abhiapi import accounts, calls, ids, ledger, lookups, reports, shapes
+from abhiapi import accounts, calls, ids, keys, ledger, lookups, reports, shapes, spending
 from abhiapi.db import Tx
 from abhiapi.money import Micros
 from tests.harness import Fal, Server, until
@@ -106,6 +106,25 @@ def test_another_accounts_call_is_an_unknown_call(server: Server, customer: Cust
         assert (refused.status_code, refused.text) == (404, missing.text)
         assert other.person.get(f"/dashboard/calls/{known}").status_code == 200
         assert other.person.get(f"/dashboard/calls/{known}x").status_code == 404
+
+
+def test_a_keys_own_limits_and_models_are_shown(customer: Customer) -> None:
+    """What the operator has set, and what is spent of it."""
+
+    def limit(tx: Tx) -> None:
+        key = keys.find(tx, customer.key)
+        assert key is not None
+        keys.set_models(tx, key, ["fal-ai/flux/*"])
+        day, month = Micros(500_000), Micros(9_000_000)
+        now = customer.server.books.clock()
+        spending.set_limits(tx, key.key_id, day_limit_micros=day, month_limit_micros=month, now_ms=now)
+
+    customer.server.books.write(limit)
+    customer.call()
+    shown = text_of(customer.page("/dashboard/keys"))
+    assert "for fal-ai/flux/* only" in shown
+    assert "26.25 of 500 today" in shown
+    assert "26.25 of 9,000 this month" in shown
 
 
 def test_no_page_shows_anything_of_another_account(server: Server, customer: Customer) -> None:

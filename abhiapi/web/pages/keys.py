@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from flask import request
 
-from abhiapi import ids, keys, reports
+from abhiapi import ids, keys, reports, spending
 from abhiapi.db import Tx
 from abhiapi.errors import BadRequest, NotFound, Refused
 from abhiapi.keys import Key
@@ -57,6 +57,7 @@ class Row:
     status: str
     spent_micros: Micros
     calls: int
+    limits: spending.Limits | None  # of its own, set by the operator
 
 
 def add_to(desk: Desk) -> None:
@@ -147,7 +148,7 @@ def _rows(tx: Tx, account_id: int, now_ms: int) -> list[Row]:
     for key in keys.listed(tx, account_id):
         usage = used.get(ids.key_text(key.key_id))
         spent = (usage.charged_micros, usage.calls) if usage else (Micros(0), 0)
-        rows.append(Row(key, key.status_at(now_ms), *spent))
+        rows.append(Row(key, key.status_at(now_ms), *spent, spending.of_key(tx, key.key_id, now_ms=now_ms)))
     return sorted(rows, key=lambda row: (row.status != "active", -row.key.key_id))
 
 
