@@ -107,7 +107,7 @@ def test_two_servers_on_one_database_and_one_is_killed_again_and_again(
         before, on_stays = fal.total(), Callers(stays, key, 2)
         stack.callback(on_stays.end)
         answered = 0
-        for number in range(3):
+        for number in range(2):
             folder = tmp_path / f"dies-{number}"
             folder.mkdir()
             dies = Server.start(folder, fal.url, **settings)
