@@ -119,7 +119,8 @@ CREATE TABLE timers (
     name            TEXT    PRIMARY KEY,
     due_at          INTEGER NOT NULL,
     claimed_until   INTEGER NOT NULL,                 -- past: nobody is at it
-    done_at         INTEGER                           -- the last success; NULL: never
+    done_at         INTEGER,                          -- the last success; NULL: never
+    claimed_by      INTEGER                           -- the process that is at it, or was last
 ) STRICT;
 
 -- Processes that serve or served this database: whose calls may be swept when they are gone.

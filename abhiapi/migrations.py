@@ -51,6 +51,7 @@ STEPS: tuple[Step, ...] = (
     _of_file("0008-users.sql"),
     _of_file("0009-entries-of-calls.sql"),
     _of_file("0010-playground-keys.sql"),
+    _of_file("0011-turns-have-owners.sql"),
 )
 VERSION = 1 + len(STEPS)
 

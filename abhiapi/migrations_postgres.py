@@ -20,7 +20,7 @@ from abhiapi.errors import Refused, SchemaError
 
 BORN = 10  # the version that the first PostgreSQL schema had
 # What each later step of `migrations.STEPS` is here: files in upgrades/, which never change once they have shipped.
-STEPS: tuple[str, ...] = ()
+STEPS: tuple[str, ...] = ("0011-turns-have-owners.postgres.sql",)
 SERVER_LEAST = 13
 
 _HAS_VERSION = "SELECT to_regclass('abhiapi_schema') IS NOT NULL"

@@ -21,7 +21,6 @@ log = logging.getLogger("abhiapi")
 
 HEALTH_FRESH_S = 1  # how long a verdict may stand after it was found
 VITALS_FRESH_S = 5
-NOTED_S = 60  # how often a round of the reconciler is written down
 
 
 class Monitor:
@@ -102,17 +101,16 @@ def samples(seen: Vitals | None, now_ms: int) -> list[Sample]:
     return shown
 
 
-def came_through(rt: Runtime, work: str) -> None:
-    """Background work has come to its end once more."""
-    rt.metrics.rounds.labels(work).set(rt.now_ms() / 1000)
+def came_through(rt: Runtime, work: str, *, at_ms: int | None = None) -> None:
+    """Background work has come to its end once more: now, or at ``at_ms``."""
+    rt.metrics.rounds.labels(work).set((rt.now_ms() if at_ms is None else at_ms) / 1000)
 
 
-def note_round(rt: Runtime) -> None:
-    """The reconciler has come through: written down once a minute, for `abhiapi doctor`. Raises DatabaseUnavailable."""
-    now = rt.now_ms()
-    if now - rt.round_noted_at >= NOTED_S * 1000:
-        rt.round_noted_at = now
-        rt.write(lambda tx: timers.done(tx, vitals.ROUND, now_ms=now, due_in_ms=0))
+def show_round(rt: Runtime) -> None:
+    """Show when the reconciler last came through, in whatever process. Raises `DatabaseUnavailable`."""
+    done_at = rt.reader.read(lambda tx: timers.done_at(tx, vitals.ROUND))
+    if done_at is not None:
+        came_through(rt, "reconcile", at_ms=done_at)
 
 
 def _age_s(at: int | None, now_ms: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import bindparam, insert, select, update
 
-from abhiapi import tables
+from abhiapi import tables, timers
 from abhiapi.db import Tx
 
 _p = tables.processes.c
@@ -29,6 +29,8 @@ def seen(tx: Tx, process_id: int, *, now_ms: int) -> None:
 
 
 def end(tx: Tx, process_id: int, *, now_ms: int) -> None:
+    """Note that a process is gone: what it was doing for all is anybody's again."""
+    timers.free_of(tx, process_id)
     tx.run(_END, process=process_id, now=now_ms)
 
 

@@ -1,7 +1,8 @@
 """The reconciler: settles jobs that nobody asks about, well before fal forgets their results (fal-protocol 3.9).
 
-Looks at every job that fal works on, several at once. Safe when it runs twice at once or beside pollers: a job's end
-is conditional. Nothing is remembered between rounds, so a killed process is resumed by the next one's first round.
+Looks at every job that fal works on, several at once, in one process for all. Safe when it runs twice at once or beside
+pollers: a job's end is conditional. Nothing is remembered between rounds, so a killed process is resumed by the next
+round of any.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import gevent
 from gevent.pool import Pool
 
-from abhiapi import jobs, settlement
+from abhiapi import jobs, settlement, turns, vitals
 from abhiapi.errors import AbhiError
 from abhiapi.ids import call_text
 from abhiapi.jobs import Job
@@ -24,6 +25,7 @@ log = logging.getLogger("abhiapi")
 # 5,000 jobs, and 250 need 3. They are fewer than the connections to fal that are kept.
 AT_ONCE = 250
 PAGE = 500
+TURN_PER_MILLE = 800  # of the interval: who had the last turn wakes a little early at times, and must not miss the next
 
 
 @dataclass(slots=True)
@@ -40,6 +42,12 @@ class Round:
     released: int = 0
     unknown: int = 0
     failed: int = 0
+
+
+def run_in_turn(rt: Runtime) -> Round | None:
+    """A round, if one is due and no other process is at it. Raises `DatabaseUnavailable`."""
+    interval_ms = rt.settings.reconcile_interval_s * TURN_PER_MILLE
+    return turns.take(rt, vitals.ROUND, lambda: run_once(rt), interval_ms=interval_ms)
 
 
 def run_once(rt: Runtime, done: Round | None = None) -> Round:

@@ -84,7 +84,6 @@ class Runtime:
     standing: set[tuple[str, str]] = field(default_factory=set)  # alerts as of the last look: (kind, subject)
     log_calls: bool = True
     proxy_seen_at: int = 0  # when a request last came through a reverse proxy that the settings do not know of
-    round_noted_at: int = 0  # when a round of the reconciler was last written down
     tracer: Tracer | None = None  # where nobody collects traces
     parked: int = 0  # ends of calls that wait for the database
     oldest_hold_at: int | None = None  # as of the last look; None: nothing is held

@@ -102,7 +102,8 @@ CREATE TABLE timers (
     name                TEXT COLLATE "C" PRIMARY KEY,
     due_at              BIGINT           NOT NULL,
     claimed_until       BIGINT           NOT NULL,
-    done_at             BIGINT
+    done_at             BIGINT,
+    claimed_by          BIGINT
 );
 
 CREATE TABLE processes (

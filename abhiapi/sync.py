@@ -63,7 +63,9 @@ def run_if_due(rt: Runtime) -> Plan | None:
     """Take fal's prices over if it is time and no other process is at it; what was done. Raises nothing of fal's."""
     interval_s, now = rt.settings.prices_sync_s, rt.now_ms()
     claimed = rt.write(
-        lambda tx: timers.claim(tx, TIMER, now_ms=now, lease_ms=LEASE_MS, interval_ms=interval_s * 1000),
+        lambda tx: timers.claim(
+            tx, TIMER, process_id=rt.process_id, now_ms=now, lease_ms=LEASE_MS, interval_ms=interval_s * 1000
+        ),
         patience_s=WRITE_PATIENCE_S,
     )
     if not claimed:

@@ -49,7 +49,7 @@ fal_prices = _table(
 )
 observed_costs = _table("observed_costs", "model:text! up_to_micros:int! calls:int over_hold:int last_call_id:int")
 hold_raises = _table("hold_raises", "raise_id:int! model:text percent:int created_at:int")
-timers = _table("timers", "name:text! due_at:int claimed_until:int done_at:int?")
+timers = _table("timers", "name:text! due_at:int claimed_until:int done_at:int? claimed_by:int?")
 processes = _table("processes", "process_id:int! pid:int started_at:int seen_at:int ended_at:int?")
 calls = _table(
     "calls",

@@ -28,6 +28,7 @@ LEASE_MS = 10_000
 RENEW_S = 3
 KEPT_MAX_S = 900  # work that takes longer hangs: another process may try
 PATIENCE_S = 5  # less than a lease
+SKEW_MS = 60_000  # who is further ahead has a clock that was wrong: no work stands still for it for longer
 
 
 @dataclass(slots=True)
@@ -61,7 +62,16 @@ def take(rt: Runtime, name: str, work: Callable[[], T], *, interval_ms: int) -> 
     now = rt.now_ms()
     turn = Turn(name, now + LEASE_MS)
     claimed = rt.write(
-        lambda tx: timers.claim(tx, name, now_ms=now, lease_ms=LEASE_MS, interval_ms=interval_ms), patience_s=PATIENCE_S
+        lambda tx: timers.claim(
+            tx,
+            name,
+            process_id=rt.process_id,
+            now_ms=now,
+            lease_ms=LEASE_MS,
+            interval_ms=interval_ms,
+            skew_ms=SKEW_MS,
+        ),
+        patience_s=PATIENCE_S,
     )
     if not claimed:
         return None

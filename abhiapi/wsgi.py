@@ -53,9 +53,8 @@ def reconcile_for_ever(rt: runtime.Runtime) -> None:
     while True:
         started = monotonic()
         try:
-            reconcile.run_once(rt)
-            monitoring.came_through(rt, "reconcile")
-            monitoring.note_round(rt)
+            reconcile.run_in_turn(rt)
+            monitoring.show_round(rt)
         except AbhiError as error:
             runtime.log.warning("open jobs will be looked at again: %s", error.message)
         except Exception:  # as above: without this line no job would ever be looked at again

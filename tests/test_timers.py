@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from abhiapi import timers
+from abhiapi import processes, timers
 from abhiapi.db import Database
 from tests.harness import Clock
 
 MINUTE, DAY = 60_000, 86_400_000
 
 
-def claim(database: Database, clock: Clock) -> bool:
+def claim(database: Database, clock: Clock, process_id: int = 1) -> bool:
     return database.write(
-        lambda tx: timers.claim(tx, "work", now_ms=clock.now_ms, lease_ms=30 * MINUTE, interval_ms=DAY)
+        lambda tx: timers.claim(
+            tx, "work", process_id=process_id, now_ms=clock.now_ms, lease_ms=30 * MINUTE, interval_ms=DAY
+        )
     )
 
 
@@ -59,6 +61,15 @@ def test_the_claim_of_a_killed_process_runs_out(database: Database, clock: Clock
     clock.tick(30 * MINUTE - 1)
     assert not claim(database, clock)
     clock.tick()
+    assert claim(database, clock)
+
+
+def test_the_claim_of_a_process_that_is_seen_dead_ends_there(database: Database, clock: Clock) -> None:
+    """And with it none of a process that lives."""
+    assert claim(database, clock, process_id=7)
+    database.write(lambda tx: processes.end(tx, 8, now_ms=clock.now_ms))
+    assert not claim(database, clock)
+    database.write(lambda tx: processes.end(tx, 7, now_ms=clock.now_ms))
     assert claim(database, clock)
 
 
