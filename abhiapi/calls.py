@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, bindparam, func, insert, literal_column, s
 
 from abhiapi import costs, ledger, spending, tables
 from abhiapi.days import MS_PER_DAY, month_of
-from abhiapi.db import Tx
+from abhiapi.db import RollUp, Tx
 from abhiapi.errors import NotFound, Refused
 from abhiapi.ids import call_text
 from abhiapi.metering import Verdict
@@ -40,15 +40,11 @@ BatchOp = Callable[[Tx], int]
 _c = tables.calls.c
 _p = tables.price_versions.c
 
-_ADMIT = insert(tables.calls).values(
-    {
-        name: bindparam(name)
-        for name in (
-            "call_id account_id key_id price_id process_id mode"
-            " state held_micros deadline_at created_at charged_micros refunded_micros adjusted_micros"
-        ).split()
-    }
-)
+_ADMITTED = (
+    "call_id account_id key_id price_id process_id mode"
+    " state held_micros deadline_at created_at charged_micros refunded_micros adjusted_micros"
+).split()
+_ADMIT = insert(tables.calls).values({name: bindparam(name) for name in _ADMITTED})
 
 
 _SEEN = ("http_status", "units", "fal_request_id", "fal_cost_nano_usd")
@@ -82,9 +78,13 @@ _MOVE = {
     for name, table in _ROLL_UPS.items()
 }
 _BEGIN = {
-    name: insert(table).values({column.name: bindparam(column.name) for column in table.c})
+    name: insert(table).values(
+        {name: bindparam(f"of_{name}") for name in _ROLLED_BY[name]}
+        | {figure: bindparam(f"more_{figure}") for figure in _FIGURES}
+    )
     for name, table in _ROLL_UPS.items()
 }
+_ROLLED = {name: RollUp(_MOVE[name], _BEGIN[name]) for name in _ROLL_UPS}
 _OPEN_CALL = (
     select(_c.call_id, _c.account_id, _c.key_id, _p.model, _c.held_micros, _c.state, _c.reason)
     .join_from(tables.calls, tables.price_versions, _c.price_id == _p.price_id)
@@ -160,23 +160,23 @@ class Admission:
 def admit(tx: Tx, admission: Admission) -> None:
     """Hold the credit and write the call. Raises what `ledger.hold` raises, with nothing written."""
     call = admission.call
-    ledger.hold(tx, call.account_id, call.held_micros, key_id=call.key_id, now_ms=admission.created_at)
-    tx.run(
-        _ADMIT,
-        call_id=call.call_id,
-        account_id=call.account_id,
-        key_id=call.key_id,
-        price_id=admission.price_id,
-        process_id=admission.process_id,
-        mode=admission.mode,
-        state="held",
-        held_micros=call.held_micros,
-        deadline_at=admission.deadline_at,
-        created_at=admission.created_at,
-        charged_micros=0,
-        refunded_micros=0,
-        adjusted_micros=0,
-    )
+    row = {
+        "call_id": call.call_id,
+        "account_id": call.account_id,
+        "key_id": call.key_id,
+        "price_id": admission.price_id,
+        "process_id": admission.process_id,
+        "mode": admission.mode,
+        "state": "held",
+        "held_micros": call.held_micros,
+        "deadline_at": admission.deadline_at,
+        "created_at": admission.created_at,
+        "charged_micros": 0,
+        "refunded_micros": 0,
+        "adjusted_micros": 0,
+    }
+    now = admission.created_at
+    ledger.hold(tx, call.account_id, call.held_micros, key_id=call.key_id, now_ms=now, call=(_ADMIT, row))
 
 
 def finish(
@@ -194,24 +194,25 @@ def finish(
     ``unknown`` is no end: the hold stands and the operator is asked. Raises `CallEnded` when the hold had already
     ended. ``usage_source`` overrides the verdict's (the operator's word).
     """
-    ended = tx.one(
-        _FINISH[verdict.end],
-        call=call.call_id,
-        state=verdict.end,
-        charged_micros=verdict.charge_micros,
-        http_status=http_status,
-        units=verdict.units,
-        usage_source=usage_source or verdict.usage_source,
-        fal_request_id=fal_request_id,
-        fal_cost_nano_usd=verdict.fal_cost_nano_usd,
-        reason=verdict.reason,
-        finished_at=None if verdict.end == "unknown" else now_ms,
-    )
+    end = {
+        "call": call.call_id,
+        "state": verdict.end,
+        "charged_micros": verdict.charge_micros,
+        "http_status": http_status,
+        "units": verdict.units,
+        "usage_source": usage_source or verdict.usage_source,
+        "fal_request_id": fal_request_id,
+        "fal_cost_nano_usd": verdict.fal_cost_nano_usd,
+        "reason": verdict.reason,
+        "finished_at": None if verdict.end == "unknown" else now_ms,
+    }
+    ended = tx.one_and((_FINISH[verdict.end], end), (ledger.HEAD, {"account": call.account_id}))
     if ended is None:
         raise CallEnded(f"the hold of {call_text(call.call_id)} has already ended: nothing was changed")
+    admitted_at, limit_id, *of_head = ended
+    head = ledger.Head(*of_head)
     if verdict.end == "unknown":
-        return ledger.balance_micros(tx, call.account_id)
-    admitted_at, limit_id = ended
+        return head.balance_micros
     if limit_id is not None:
         spending.correct(tx, limit_id, admitted_at, verdict.charge_micros - call.held_micros)
     count_usage(
@@ -219,8 +220,9 @@ def finish(
     )
     costs.note(tx, call.model, call.call_id, verdict.charge_micros, held_micros=call.held_micros, now_ms=now_ms)
     return ledger.charge(
-        tx, call.account_id, call.call_id, verdict.charge_micros, held_micros=call.held_micros, now_ms=now_ms
-    )
+        tx, call.account_id, call.call_id, verdict.charge_micros,
+        head=head, held_micros=call.held_micros, now_ms=now_ms,
+    )  # fmt: skip
 
 
 def refund(tx: Tx, call_id: int, amount_micros: Micros | None, *, now_ms: int) -> ledger.Entry:
@@ -300,8 +302,7 @@ def count_usage(
         "day": day,
         "month": month_of(day),
     }
-    figures = dict(zip(_FIGURES, (calls, charged_micros, fal_cost_nano_usd or 0), strict=True))
-    more = {f"more_{name}": figure for name, figure in figures.items()}
+    figures = zip(_FIGURES, (calls, charged_micros, fal_cost_nano_usd or 0), strict=True)
+    more = {f"more_{name}": figure for name, figure in figures}
     for table, columns in _ROLLED_BY.items():
-        if tx.run(_MOVE[table], **{f"of_{name}": row[name] for name in columns}, **more) == 0:
-            tx.run(_BEGIN[table], **{name: row[name] for name in columns}, **figures)
+        tx.add_up(_ROLLED[table], of={f"of_{name}": row[name] for name in columns}, more=more)

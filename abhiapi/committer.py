@@ -47,6 +47,10 @@ class _Ticket:
         self.error: BaseException | None = None
 
 
+class _SumsRefused(Exception):
+    """What a group's operations added up together breaks a constraint; the group is undone."""
+
+
 class GroupCommitter:
     """Runs writes for many greenlets. `write` is the same call that `Database.write` offers to the command line."""
 
@@ -134,11 +138,15 @@ class GroupCommitter:
 
     def _commit(self, group: list[_Ticket]) -> None:
         """Run and commit a group. Raises the database's trouble; an operation's own error goes to its ticket."""
-        while not self._run_group(self._connected(), group):
-            for ticket in group:
-                if ticket.error is not None:
-                    ticket.done.set()
-            group = [ticket for ticket in group if ticket.error is None]
+        try:
+            while not self._run_group(self._connected(), group):
+                for ticket in group:
+                    if ticket.error is not None:
+                        ticket.done.set()
+                group = [ticket for ticket in group if ticket.error is None]
+        except _SumsRefused:
+            for ticket in group:  # whose sum it is shows when each is alone
+                self._commit([ticket])
         for ticket in group:
             ticket.done.set()
 
@@ -160,6 +168,16 @@ class GroupCommitter:
                             ticket.error = error
                             if session.is_spoilt() or session.changes() != before:
                                 return False
+                    try:
+                        with self._database.translating():
+                            session.tx.write_sums()
+                    except DatabaseUnavailable:
+                        raise
+                    except Exception as error:
+                        if len(group) > 1:
+                            raise _SumsRefused from error
+                        group[0].error = error
+                        return False
                 self._aside(session.commit)
             return True
         except OutcomeUnknown as lost:

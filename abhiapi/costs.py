@@ -11,7 +11,7 @@ from bisect import bisect_left
 from sqlalchemy import bindparam, func, insert, select, update
 
 from abhiapi import tables
-from abhiapi.db import Row, Tx
+from abhiapi.db import RollUp, Row, Tx
 from abhiapi.ids import CHANCE_BITS
 from abhiapi.money import MICROS_MAX, Micros
 from abhiapi.price_terms import Costs
@@ -29,11 +29,18 @@ _r = tables.hold_raises.c
 _COUNT = (
     update(tables.observed_costs)
     .where(_o.model == bindparam("of_model"), _o.up_to_micros == bindparam("bound"))
-    .values(calls=_o.calls + 1, over_hold=_o.over_hold + bindparam("over"), last_call_id=bindparam("call"))
+    .values(
+        calls=_o.calls + bindparam("more"), over_hold=_o.over_hold + bindparam("over"), last_call_id=bindparam("call")
+    )
 )
 _FIRST = insert(tables.observed_costs).values(
-    {name: bindparam(name) for name in ("model", "up_to_micros", "calls", "over_hold", "last_call_id")}
+    model=bindparam("of_model"),
+    up_to_micros=bindparam("bound"),
+    calls=bindparam("more"),
+    over_hold=bindparam("over"),
+    last_call_id=bindparam("call"),
 )
+_COUNTED = RollUp(_COUNT, _FIRST)
 _ALL = select(_o.model, _o.up_to_micros, _o.calls).order_by(_o.model, _o.up_to_micros)
 _RAISED = (
     select(_r.percent, _r.created_at)
@@ -64,10 +71,12 @@ def note(tx: Tx, model: str, call_id: int, charged_micros: Micros, *, held_micro
     if charged_micros <= 0:
         return
     bound, over = bound_of(charged_micros), int(charged_micros > held_micros + 1)  # more than rounding
-    if tx.run(_COUNT, of_model=model, bound=bound, call=call_id, over=over) == 0:
-        tx.run(_FIRST, model=model, up_to_micros=bound, calls=1, over_hold=over, last_call_id=call_id)
-    if over and held_micros > 0 and _is_frequent(tx, model):
-        _raise(tx, model, call_id, charged_micros, held_micros, now_ms)
+    of = {"of_model": model, "bound": bound}
+    tx.add_up(_COUNTED, of=of, more={"more": 1, "over": over}, last={"call": call_id})
+    if over and held_micros > 0:
+        tx.write_sums()
+        if _is_frequent(tx, model):
+            _raise(tx, model, call_id, charged_micros, held_micros, now_ms)
 
 
 def bound_of(amount_micros: Micros) -> int:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from abhiapi.liveness import ProcessLock
 
 T = TypeVar("T")
 Row = tuple[Any, ...]
+Written = tuple[Executable, Mapping[str, Any]]  # a statement and its parameters
 
 CLI_PATIENCE_S = 15  # a command waits this long for its turn to write
 HAS_NUL = "the text has a NUL character in it, which cannot be stored"  # PostgreSQL cannot, so no engine does
@@ -64,14 +66,76 @@ def marked() -> Iterator[None]:
         _in_transaction.reset(token)
 
 
+@dataclass(frozen=True, slots=True)
+class RollUp:
+    """A table whose rows add up what many operations bring. Both statements take the same parameters, ``of``, ``more``
+    and ``last`` of `Tx.add_up` together."""
+
+    move: Executable
+    begin: Executable
+
+
 class Tx(ABC):
     """An open transaction: runs Core statements with named parameters. Hands out plain tuples."""
 
-    __slots__ = ()
+    __slots__ = ("_sums", "added")
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[Any, ...], tuple[RollUp, dict[str, Any]]] = {}
+        self.added = 0  # grows with everything that is added up
+
+    def add_up(
+        self, roll_up: RollUp, *, of: Mapping[str, Any], more: Mapping[str, int], last: Mapping[str, Any] | None = None
+    ) -> None:
+        """Add to a row of a roll-up, or begin it: in this transaction, and once for all that its operations add.
+
+        ``of`` names the row, ``more`` is added, of ``last`` the newest stays. Until `write_sums` no statement sees it.
+        """
+        self.added += 1
+        key = (id(roll_up), *of.values())
+        known = self._sums.get(key)
+        if known is None:
+            self._sums[key] = roll_up, {**of, **more, **(last or {})}
+            return
+        sums = known[1]
+        for name, amount in more.items():
+            sums[name] += amount
+        sums.update(last or {})
+
+    def write_sums(self) -> None:
+        """Write what was added up. Whoever ends a transaction that writes calls it before."""
+        while self._sums:
+            roll_up, sums = self._sums.pop(next(iter(self._sums)))
+            if self.run(roll_up.move, **sums) == 0:
+                self.run(roll_up.begin, **sums)
+
+    def forget_sums(self) -> None:
+        """The transaction that they belong to is undone."""
+        self._sums.clear()
+
+    def check_sums(self) -> None:
+        """Raises `AssertionError` where something that was added up would be lost by a commit."""
+        if self._sums:
+            raise AssertionError("a transaction is to end before its sums are written")
 
     @abstractmethod
     def run(self, statement: Executable, **params: Any) -> int:
         """Run a statement; how many rows it changed."""
+
+    # Two statements in one: on a server each journey keeps every other writer waiting. Neither may need to see what
+    # the other one does.
+
+    @abstractmethod
+    def run_both(self, first: Written, second: Written) -> None:
+        """Run two statements that change rows of two tables."""
+
+    @abstractmethod
+    def one_and(self, first: Written, look: Written) -> Row | None:
+        """The row of a statement that changes one, followed by that of a SELECT, which has one. None: none changed."""
+
+    @abstractmethod
+    def one_then(self, first: Written, then: Written) -> Row | None:
+        """The row of a statement that changes one; only then the other is run, an INSERT of one row."""
 
     @abstractmethod
     def one(self, statement: Executable, **params: Any) -> Row | None:
@@ -222,6 +286,7 @@ class Database(ABC):
         try:
             with marked(), self.translating():
                 result = op(session.tx)
+                session.tx.write_sums()
             session.commit()
         except OutcomeUnknown as lost:
             if not self._has_committed_after_all(lost):

@@ -1,4 +1,4 @@
-"""PostgreSQL: connections, transactions and troubles, and the locks that say which processes live.
+"""PostgreSQL: databases, sessions and troubles, and the locks that say which processes live.
 
 Everything here waits for the network, which under gevent lets other greenlets go on. Writes take turns as they do on
 SQLite: each write transaction of any process begins with one and the same advisory lock, so what was written for a
@@ -8,8 +8,7 @@ single writer holds here as it stands, and every statement sees all that was com
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping
-from itertools import count
+from collections.abc import Callable, Mapping
 from time import monotonic, sleep
 from typing import Any, LiteralString, TypeVar
 
@@ -18,30 +17,22 @@ import gevent.lock
 import gevent.monkey
 import gevent.socket
 import psycopg
-from psycopg import sql
-from psycopg.abc import PQGen
-from psycopg.adapt import AdaptersMap, Loader
 from psycopg.pq import TransactionStatus
-from psycopg.types.numeric import Int8Dumper
-from psycopg.waiting import Ready, Wait
-from sqlalchemy import URL, Table
-from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
-from sqlalchemy.sql import Executable
+from sqlalchemy import URL
 
 from abhiapi.db_base import (
     CLI_PATIENCE_S,
-    HAS_NUL,
     Busy,
     Database,
     OutcomeUnknown,
     Place,
     Reads,
-    Row,
     Session,
     Tx,
     marked,
 )
-from abhiapi.errors import BadRequest, DatabaseUnavailable, SchemaError
+from abhiapi.db_postgres_tx import AdapterContext, Connection, PostgresTx, Statements
+from abhiapi.errors import DatabaseUnavailable, SchemaError
 from abhiapi.liveness import ProcessLock
 
 T = TypeVar("T")
@@ -51,7 +42,6 @@ SNAPSHOTS_MAX = 5  # of those at most so many for longer reads: no report keeps 
 LOOK_PATIENCE_S = 3  # a look-up waits this long for a free connection
 FREE_FOR_S = 20  # a process is dead once its lock was seen free for so long: a restarted server frees all locks
 LOCK_S = 5  # a look at one's own lock, or taking it anew
-STEP_ROWS = 2000  # read from a server's cursor at once
 _LIVES = 0x41424850  # "ABHP": the locks of processes; the second number is the process's
 _OPTIONS = {
     "timezone": "UTC",
@@ -70,9 +60,9 @@ _OPTIONS = {
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SELECT pg_advisory_xact_lock(1094862921)"
 _SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 _UNHURRIED = "; SET LOCAL idle_in_transaction_session_timeout = 0; SET LOCAL statement_timeout = 0"
-_MARK = (
+_MARK_AND_COMMIT = (  # the COMMIT is not reached where the mark cannot be made
     "INSERT INTO commit_marks (writer, number, made_at) VALUES (%s, %s, extract(epoch FROM now())::bigint)"
-    " ON CONFLICT (writer) DO UPDATE SET number = excluded.number, made_at = excluded.made_at"
+    " ON CONFLICT (writer) DO UPDATE SET number = excluded.number, made_at = excluded.made_at; COMMIT"
 )
 _MARKED = "SELECT number FROM commit_marks WHERE writer = %s"
 # A mark is kept for longer than a parked charge is tried.
@@ -82,181 +72,12 @@ _LIVING = (
     "SELECT objid::bigint FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 2"
     " AND classid = %s::oid AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
 )
-_REFERENCES = (
-    "SELECT c.conrelid::regclass::text, c.confrelid::regclass::text, c.conname FROM pg_constraint c"
-    " WHERE c.contype = 'f' AND c.connamespace = current_schema()::regnamespace ORDER BY 1, 2, 3"
-)
-_KEYS_OF = (
-    "SELECT a.attname, b.attname FROM pg_constraint c"
-    " JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = c.conkey[1]"
-    " JOIN pg_attribute b ON b.attrelid = c.confrelid AND b.attnum = c.confkey[1]"
-    " WHERE c.contype = 'f' AND c.connamespace = current_schema()::regnamespace AND c.conname = %s"
-    " AND c.conrelid = %s::regclass"
-)
 _IS_STANDBY = "SELECT pg_is_in_recovery()"
-_SEQUENCE = "SELECT pg_get_serial_sequence(%s, %s)"
 # Trouble by its SQLSTATE that psycopg does not call operational: a standby (which refuses READ WRITE, and writes), a
 # session ended for idling.
 _TROUBLES = {"0A000", "25006", "25P03"}
 _OURS = {"22", "23", "54"}  # classes: data, constraints, sizes: the next try would meet the same
 _BUSY = {"55P03", "57014", "40001", "40P01"}
-
-
-class _Whole(Loader):
-    """A sum of integers is numeric in PostgreSQL; the schema has no decimals, so one with a fraction is a bug."""
-
-    def load(self, data: Any) -> int:
-        return int(bytes(data))
-
-
-class _Bit(Loader):
-    """A condition as a number, as SQLite has it."""
-
-    def load(self, data: Any) -> int:
-        return int(bytes(data) == b"t")
-
-
-class Connection(psycopg.Connection[Row]):
-    """One that waits in gevent's loop itself: through its imitation of poll() each wait takes twice as long.
-
-    It is closed without a word when it is forgotten: idle ones end with the process.
-    """
-
-    _watcher: Any = None
-
-    def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
-        if timeout is not None or not gevent.monkey.is_module_patched("select"):
-            return super().wait(gen, interval, timeout)
-        try:
-            next(gen)
-            asked = gen.send(Ready.W)  # what is sent is short, and the socket nearly always takes it at once
-            while True:
-                if asked == Wait.R:
-                    if self._watcher is None:
-                        self._watcher = gevent.get_hub().loop.io(self.pgconn.socket, 1)
-                    gevent.get_hub().wait(self._watcher)
-                    asked = gen.send(Ready.R)
-                else:
-                    gevent.socket.wait_readwrite(self.pgconn.socket)
-                    asked = gen.send(Ready.RW)
-        except StopIteration as done:
-            value: T = done.value
-            return value
-
-    def __del__(self, *_: object) -> None:
-        if hasattr(self, "pgconn") and not self.closed:
-            self.pgconn.finish()
-
-
-_ADAPTERS = AdaptersMap(psycopg.adapters)
-_ADAPTERS.register_loader("numeric", _Whole)
-_ADAPTERS.register_loader("bool", _Bit)
-_ADAPTERS.register_dumper(int, Int8Dumper)  # one type for every number: one prepared statement for every call
-
-
-class _Compiled:
-    """A statement's SQL and the values that stand in it. Keeps the statement, whose id is its cache key."""
-
-    __slots__ = ("_constants", "_names", "sql", "statement")
-
-    def __init__(self, statement: Any, dialect: PGDialect_psycopg, *, returning_key: bool = False) -> None:
-        self.statement = statement
-        if returning_key:
-            statement = statement.returning(next(iter(statement.table.primary_key)))
-        compiled = statement.compile(dialect=dialect)
-        self.sql = str(compiled).encode()
-        self._names: list[str] = list(compiled.params)
-        self._constants = {name: value for name, value in compiled.params.items() if value is not None}
-
-    def arguments(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        constants = self._constants
-        return {name: params[name] if name in params else constants[name] for name in self._names}
-
-
-class PostgresTx(Tx):
-    __slots__ = ("_connection", "_cursor", "_database", "_numbers", "changes")
-
-    def __init__(self, connection: Connection, database: PostgresDatabase) -> None:
-        self._connection = connection
-        self._database = database
-        self._cursor = connection.cursor()
-        self._numbers = count(1)
-        self.changes = 0
-
-    def run(self, statement: Executable, **params: Any) -> int:
-        changed = self._execute(self._database.compiled(statement), params).rowcount
-        self.changes += changed
-        return changed
-
-    def one(self, statement: Executable, **params: Any) -> Row | None:
-        return self._rows(self._database.compiled(statement), params).fetchone()
-
-    def all(self, statement: Executable, **params: Any) -> list[Row]:
-        return self._rows(self._database.compiled(statement), params).fetchall()
-
-    def insert(self, statement: Executable, **params: Any) -> int:
-        row = self._rows(self._database.compiled(statement, returning_key=True), params).fetchone()
-        assert row is not None
-        return int(row[0])
-
-    def each(self, statement: Executable, **params: Any) -> Iterator[Row]:
-        compiled = self._database.compiled(statement)
-        with self._connection.cursor(f"abhiapi_{next(self._numbers)}") as cursor:
-            cursor.itersize = STEP_ROWS
-            cursor.execute(compiled.sql, compiled.arguments(params))
-            yield from cursor
-
-    def load(self, table: Table, rows: Iterator[Row]) -> None:
-        columns = [sql.Identifier(column.name) for column in table.columns]
-        into = sql.SQL("COPY {} ({}) FROM STDIN").format(sql.Identifier(table.name), sql.SQL(", ").join(columns))
-        try:
-            with self._cursor.copy(into) as copy:
-                for row in rows:
-                    copy.write_row(row)
-        except psycopg.DataError as error:
-            if _is_about_nul(error):
-                raise BadRequest(f"a row of {table.name} has a NUL character in it, which cannot be stored") from error
-            raise
-        key = next(iter(table.primary_key)).name
-        found = self._cursor.execute(_SEQUENCE, (table.name, key)).fetchone()
-        if found is not None and found[0] is not None:
-            highest = sql.SQL("SELECT setval(%s::regclass, coalesce(max({}), 0) + 1, false) FROM {}")
-            query = highest.format(sql.Identifier(key), sql.Identifier(table.name))
-            self._cursor.execute(query, found)
-
-    def dangling(self) -> list[tuple[str, str, int]]:
-        """References are kept by the server; who may switch that off (a superuser) is found out by counting."""
-        found: dict[tuple[str, str], int] = {}
-        for child, parent, name in self._cursor.execute(_REFERENCES).fetchall():
-            for column, key in self._cursor.execute(_KEYS_OF, (name, child)).fetchall():
-                quoted = {
-                    "child": sql.Identifier(child),
-                    "parent": sql.Identifier(parent),
-                    "column": sql.Identifier(column),
-                    "key": sql.Identifier(key),
-                }
-                query = sql.SQL(
-                    "SELECT COUNT(*) FROM {child} c LEFT JOIN {parent} p ON p.{key} = c.{column}"
-                    " WHERE c.{column} IS NOT NULL AND p.{key} IS NULL"
-                ).format(**quoted)
-                row = self._cursor.execute(query).fetchone()
-                if row is not None and row[0]:
-                    found[child, parent] = found.get((child, parent), 0) + row[0]
-        return [(child, parent, rows) for (child, parent), rows in found.items()]
-
-    def _rows(self, compiled: _Compiled, params: Mapping[str, Any]) -> psycopg.Cursor[Row]:
-        cursor = self._execute(compiled, params)
-        if not (cursor.statusmessage or "").startswith("SELECT"):
-            self.changes += cursor.rowcount
-        return cursor
-
-    def _execute(self, compiled: _Compiled, params: Mapping[str, Any]) -> psycopg.Cursor[Row]:
-        try:
-            return self._cursor.execute(compiled.sql, compiled.arguments(params))
-        except psycopg.DataError as error:
-            if _is_about_nul(error):
-                raise BadRequest(HAS_NUL) from error
-            raise
 
 
 class PostgresSession(Session):
@@ -265,18 +86,20 @@ class PostgresSession(Session):
         self._database = database
         self.patience_s = patience_s
         self._connection = database.connect(lock_timeout=f"{patience_ms}ms")
-        self.tx: PostgresTx = PostgresTx(self._connection, database)
+        self.tx: PostgresTx = PostgresTx(self._connection, database.statements)
+        self._both = psycopg.ClientCursor(self._connection)  # which may send two statements with values at once
         self._writer = secrets.randbits(62)
         self._number = 0
         with database.translating():
             self._connection.execute(_FORGET_MARKS)
 
     def begin(self) -> None:
+        self.tx.forget_sums()
         with self._database.translating():
             self._connection.execute(BEGIN, prepare=False)
 
     def changes(self) -> int:
-        return self.tx.changes
+        return self.tx.changes + self.tx.added
 
     def is_spoilt(self) -> bool:
         return self._connection.info.transaction_status == TransactionStatus.INERROR
@@ -292,11 +115,10 @@ class PostgresSession(Session):
         """
         if self.is_spoilt():
             raise AssertionError("an operation went on after a statement of its had failed")
+        self.tx.check_sums()
         self._number += 1
-        with self._database.translating():
-            self._connection.execute(_MARK, (self._writer, self._number))
         try:
-            self._connection.execute("COMMIT", prepare=False)
+            self._both.execute(_MARK_AND_COMMIT, (self._writer, self._number))
         except Exception as error:
             if isinstance(error, psycopg.Error) and error.sqlstate and not self._connection.closed:
                 raise self._database.translated(error) from error  # the server said that it did not
@@ -346,8 +168,7 @@ class PostgresDatabase(Database):
             raise SchemaError("the database has no name: use postgresql://user@host/name")
         self.name = url.set(drivername="postgresql", query={}).set(password=None).render_as_string()
         self._parameters = _parameters(url)
-        self._dialect = PGDialect_psycopg()  # type: ignore[no-untyped-call]
-        self._compiled: dict[tuple[int, bool], _Compiled] = {}
+        self.statements = Statements()
         self._idle: list[Connection] = []
         self._turns = gevent.lock.BoundedSemaphore(READERS_MAX)
         self._snapshot_turns = gevent.lock.BoundedSemaphore(SNAPSHOTS_MAX)
@@ -360,20 +181,13 @@ class PostgresDatabase(Database):
         given = self._parameters["options"] + "".join(f" -c {name}={value}" for name, value in options.items())
         try:
             connection = Connection.connect(
-                **self._parameters | {"options": given}, autocommit=True, prepare_threshold=0, context=_Context()
+                **self._parameters | {"options": given}, autocommit=True, prepare_threshold=0, context=AdapterContext()
             )
         except psycopg.Error as error:
             said = f"{self.name}: {' '.join(str(error).split())}" if in_full else "it cannot be reached"
             raise DatabaseUnavailable(f"the database cannot be used: {said}", retry_after_s=5) from error
         connection.prepared_max = 1000
         return connection
-
-    def compiled(self, statement: Executable, *, returning_key: bool = False) -> _Compiled:
-        known = self._compiled.get((id(statement), returning_key))
-        if known is None:
-            known = _Compiled(statement, self._dialect, returning_key=returning_key)
-            self._compiled[id(statement), returning_key] = known
-        return known
 
     def session(self, *, patience_s: float) -> PostgresSession:
         return PostgresSession(self, patience_s)
@@ -418,7 +232,7 @@ class PostgresDatabase(Database):
                 is_sound = False
                 try:
                     with self.translating():
-                        result = op(PostgresTx(connection, self), connection)
+                        result = op(PostgresTx(connection, self.statements), connection)
                     is_sound = True
                     return result
                 except DatabaseUnavailable:
@@ -535,13 +349,6 @@ def _refuse_standby(connection: Connection) -> None:
         raise DatabaseUnavailable("the database cannot be used: its server is a standby", retry_after_s=5)
 
 
-class _Context:
-    """What new connections take from us."""
-
-    adapters = _ADAPTERS
-    connection = None
-
-
 class ServerLock(ProcessLock):
     """A lock of a session of its own: the server frees it when the connection ends, however the process dies."""
 
@@ -594,11 +401,6 @@ class ServerLock(ProcessLock):
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-
-
-def _is_about_nul(error: psycopg.DataError) -> bool:
-    """Whether psycopg refused a text, before the server heard of it."""
-    return error.sqlstate is None and "NUL" in str(error)
 
 
 def _at_most(wait_s: int) -> gevent.Timeout:

@@ -17,7 +17,7 @@ from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql import Executable
 
-from abhiapi.db_base import CLI_PATIENCE_S, HAS_NUL, Busy, Database, Place, Reads, Row, Session, Tx, marked
+from abhiapi.db_base import CLI_PATIENCE_S, HAS_NUL, Busy, Database, Place, Reads, Row, Session, Tx, Written, marked
 from abhiapi.errors import BadRequest, DatabaseUnavailable, SchemaError
 from abhiapi.liveness import FileLock, reap
 
@@ -41,12 +41,27 @@ class SqliteTx(Tx):
     __slots__ = ("_compiled", "_connection", "_dialect")
 
     def __init__(self, connection: sqlite3.Connection, dialect: Dialect, compiled: dict[int, _Compiled]) -> None:
+        super().__init__()
         self._connection = connection
         self._dialect = dialect
         self._compiled = compiled
 
     def run(self, statement: Executable, **params: Any) -> int:
         return self._execute(statement, params).rowcount
+
+    def run_both(self, first: Written, second: Written) -> None:
+        self._execute(*first)
+        self._execute(*second)
+
+    def one_and(self, first: Written, look: Written) -> Row | None:
+        row: Row | None = self._execute(*first).fetchone()
+        return None if row is None else row + self._execute(*look).fetchone()
+
+    def one_then(self, first: Written, then: Written) -> Row | None:
+        row: Row | None = self._execute(*first).fetchone()
+        if row is not None:
+            self._execute(*then)
+        return row
 
     def one(self, statement: Executable, **params: Any) -> Row | None:
         row: Row | None = self._execute(statement, params).fetchone()
@@ -103,15 +118,17 @@ class SqliteSession(Session):
         self.tx = database.tx(self._connection)
 
     def begin(self) -> None:
+        self.tx.forget_sums()
         self._execute("BEGIN IMMEDIATE")
 
     def changes(self) -> int:
-        return self._connection.total_changes
+        return self._connection.total_changes + self.tx.added
 
     def is_spoilt(self) -> bool:
         return False  # a statement that fails is undone alone
 
     def commit(self) -> None:
+        self.tx.check_sums()
         self._execute("COMMIT")
 
     def roll_back(self) -> None:

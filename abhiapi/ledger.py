@@ -19,7 +19,7 @@ from sqlalchemy import bindparam, insert, select, update
 
 from abhiapi import alerts, spending, tables
 from abhiapi.days import periods
-from abhiapi.db import Tx
+from abhiapi.db import Tx, Written
 from abhiapi.errors import AccountSuspended, InsufficientCredits, Refused
 from abhiapi.ids import entry_text
 from abhiapi.money import MICROS_MAX, Micros, credits_text
@@ -41,13 +41,14 @@ _HOLD = (
     .returning(spending.LIMIT_OF_KEY)
 )
 _STANDING = select(_a.status, _a.balance_micros, _a.held_micros).where(_a.account_id == bindparam("account"))
-_HEAD = (
-    select(_a.balance_micros, _a.last_seq, _a.last_hash, _a.name, _a.alert_below_micros, _e.created_at)
-    .join_from(
-        tables.accounts, tables.entries, (_e.account_id == _a.account_id) & (_e.seq == _a.last_seq), isouter=True
-    )
-    .where(_a.account_id == bindparam("account"))
-)
+HEAD = (
+    # The last entry's time as an expression: as a join PostgreSQL may read all of the account's entries for it.
+    select(
+        _a.balance_micros, _a.last_seq, _a.last_hash, _a.name, _a.alert_below_micros,
+        select(_e.created_at)
+        .where(_e.account_id == _a.account_id, _e.seq == _a.last_seq).correlate(tables.accounts).scalar_subquery(),
+    ).where(_a.account_id == bindparam("account"))
+)  # fmt: skip
 _UNHOLD = (
     update(tables.accounts)
     .where(_a.account_id == bindparam("account"))
@@ -70,6 +71,18 @@ _BY_REF = select(_e.seq, _e.kind, _e.amount_micros, _e.balance_after_micros).whe
 
 
 @dataclass(frozen=True, slots=True)
+class Head:
+    """Where an account's chain ends, and who must hear of its balance."""
+
+    balance_micros: Micros
+    last_seq: int
+    last_hash: bytes
+    account: str
+    alert_below_micros: Micros | None
+    last_at: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A movement just written: its place in the account's chain and the balance after it."""
 
@@ -84,13 +97,16 @@ class Entry:
         return entry_text(self.account_id, self.seq)
 
 
-def hold(tx: Tx, account_id: int, amount_micros: Micros, *, key_id: int, now_ms: int) -> None:
-    """Set credit aside for a call of a key, admitted now.
+def hold(
+    tx: Tx, account_id: int, amount_micros: Micros, *, key_id: int, now_ms: int, call: Written | None = None
+) -> None:
+    """Set credit aside for a call of a key, admitted now, and write the call by an INSERT.
 
     Raises `InsufficientCredits`, `KeyLimitReached` or `AccountSuspended`, with nothing changed.
     """
     day, month = periods(now_ms)
-    held = tx.one(_HOLD, account=account_id, amount=amount_micros, key=key_id, day=day, month=month)
+    of = {"account": account_id, "amount": amount_micros, "key": key_id, "day": day, "month": month}
+    held = tx.one(_HOLD, **of) if call is None else tx.one_then((_HOLD, of), call)
     if held is not None:
         (limit_id,) = held
         if limit_id is not None:
@@ -113,16 +129,16 @@ def too_little(amount_micros: Micros, available_micros: int) -> InsufficientCred
     )
 
 
-def release(tx: Tx, account_id: int, held_micros: Micros) -> Micros:
-    """Give a hold back without a charge; the balance, which does not change by it."""
-    tx.run(_UNHOLD, account=account_id, amount=held_micros)
-    return balance_micros(tx, account_id)
+def charge(
+    tx: Tx, account_id: int, call_id: int, charge_micros: Micros, *, head: Head, held_micros: Micros, now_ms: int
+) -> Micros:
+    """End a hold as a charge, or without one; the balance after it. ``head`` is of this transaction.
 
-
-def charge(tx: Tx, account_id: int, call_id: int, charge_micros: Micros, *, held_micros: Micros, now_ms: int) -> Micros:
-    """End a hold as a charge; the balance after it. A charge above its hold is taken in full: a debt, if need be."""
+    A charge above its hold is taken in full: a debt, if need be.
+    """
     if charge_micros == 0:
-        return release(tx, account_id, held_micros)
+        tx.run(_UNHOLD, account=account_id, amount=held_micros)
+        return head.balance_micros
     entry = append(
         tx,
         account_id,
@@ -131,6 +147,7 @@ def charge(tx: Tx, account_id: int, call_id: int, charge_micros: Micros, *, held
         now_ms=now_ms,
         call_id=call_id,
         unhold_micros=held_micros,
+        head=head,
     )
     return entry.balance_after_micros
 
@@ -175,38 +192,43 @@ def append(
     ref: str | None = None,
     note: str | None = None,
     unhold_micros: int = 0,
+    head: Head | None = None,
 ) -> Entry:
     """Write one entry at the end of the account's chain and move its balance (and a hold that it ends).
 
     Its time is never before its predecessor's, whatever clocks do, so that a month is one stretch of the chain.
     """
-    head = tx.one(_HEAD, account=account_id)
-    if head is None:
-        raise AssertionError(f"account {account_id} is gone")
-    balance, last_seq, last_hash, account, alert_below, last_at = head
-    now_ms = max(now_ms, last_at or 0)
-    after = Micros(balance + amount_micros)
+    head = head or _head(tx, account_id)
+    now_ms = max(now_ms, head.last_at or 0)
+    after = Micros(head.balance_micros + amount_micros)
     if abs(after) > MICROS_MAX:
         raise Refused("the balance would pass a billion dollars: nothing was changed")
-    seq = last_seq + 1
-    digest = entry_hash(last_hash, account_id, seq, kind, amount_micros, after, call_id, ref, note, now_ms)
-    tx.run(
-        _APPEND,
-        account_id=account_id,
-        seq=seq,
-        kind=kind,
-        amount_micros=amount_micros,
-        balance_after_micros=after,
-        call_id=call_id,
-        ref=ref,
-        note=note,
-        created_at=now_ms,
-        hash=digest,
-    )
-    tx.run(_MOVE_HEAD, account=account_id, balance=after, seq=seq, hash=digest, unhold=unhold_micros)
-    if alert_below is not None:
-        alerts.balance_moved(tx, account, alert_below, balance, after, now_ms=now_ms)
+    seq = head.last_seq + 1
+    digest = entry_hash(head.last_hash, account_id, seq, kind, amount_micros, after, call_id, ref, note, now_ms)
+    row = {
+        "account_id": account_id,
+        "seq": seq,
+        "kind": kind,
+        "amount_micros": amount_micros,
+        "balance_after_micros": after,
+        "call_id": call_id,
+        "ref": ref,
+        "note": note,
+        "created_at": now_ms,
+        "hash": digest,
+    }
+    moved = {"account": account_id, "balance": after, "seq": seq, "hash": digest, "unhold": unhold_micros}
+    tx.run_both((_APPEND, row), (_MOVE_HEAD, moved))
+    if head.alert_below_micros is not None:
+        alerts.balance_moved(tx, head.account, head.alert_below_micros, head.balance_micros, after, now_ms=now_ms)
     return Entry(account_id, seq, amount_micros, after)
+
+
+def _head(tx: Tx, account_id: int) -> Head:
+    row = tx.one(HEAD, account=account_id)
+    if row is None:
+        raise AssertionError(f"account {account_id} is gone")
+    return Head(*row)
 
 
 def entry_hash(

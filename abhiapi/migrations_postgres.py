@@ -15,7 +15,8 @@ import psycopg
 from psycopg import sql
 
 from abhiapi.db import CLI_PATIENCE_S, Database, Tx
-from abhiapi.db_postgres import BEGIN, Connection, PostgresDatabase, PostgresTx
+from abhiapi.db_postgres import BEGIN, PostgresDatabase
+from abhiapi.db_postgres_tx import Connection, PostgresTx
 from abhiapi.errors import Refused, SchemaError
 
 BORN = 10  # the version that the first PostgreSQL schema had
@@ -102,7 +103,7 @@ def arrival(target: Database, version: int, number: str, origin: str) -> Iterato
             connection.execute(
                 "INSERT INTO abhiapi_schema (version, arriving, origin) VALUES (%s, %s, %s)", (version, number, origin)
             )
-            yield PostgresTx(connection, target)
+            yield PostgresTx(connection, target.statements)
             connection.execute("COMMIT", prepare=False)
     finally:
         connection.close()

@@ -145,6 +145,7 @@ def _writes(session: Session, ops: list[Callable[[], object]]) -> tuple[float, f
         session.begin()
         begun = time.perf_counter()
         op()
+        session.tx.write_sums()
         done = time.perf_counter()
         session.commit()
         whole.append(time.perf_counter() - started)

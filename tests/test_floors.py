@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
         """,
         """
         settings tables committer
-        db db_base db_sqlite db_postgres liveness migrations migrations_postgres
+        db db_base db_sqlite db_postgres db_postgres_tx liveness migrations migrations_postgres
         http_parser http_adapter fal fal_keys platform_api operator_webhook
         signing outbound passwords
         metrics polls windows redis_line shared_counts logs tracing
@@ -55,8 +55,18 @@ DOORS = {
     "socket": {"http_adapter", "outbound", "serving", "worker", "sandbox"},
     "cryptography": {"signing"},
     "sqlite3": {"db_sqlite", "migrations", "commands"},
-    "psycopg": {"db_postgres", "migrations_postgres"},
-    "sqlalchemy": {"db", "db_base", "db_sqlite", "db_postgres", "tables", "settings", "commands.transfer", *ROWS},
+    "psycopg": {"db_postgres", "db_postgres_tx", "migrations_postgres"},
+    "sqlalchemy": {
+        "db",
+        "db_base",
+        "db_sqlite",
+        "db_postgres",
+        "db_postgres_tx",
+        "tables",
+        "settings",
+        "commands.transfer",
+        *ROWS,
+    },
     "flask": {"web", "settings"},
     "flask_limiter": {"web"},
     "flask_login": {"web"},
@@ -78,6 +88,7 @@ IN_SECONDS = {
     "limits",
     "committer",
     "db_postgres",
+    "db_postgres_tx",
     "http_adapter",
     "runtime",
     "worker",

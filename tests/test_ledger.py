@@ -91,12 +91,6 @@ def test_a_charge_of_zero_frees_the_hold_and_writes_no_entry(customer: Customer)
     assert [entry.kind for entry in _entries(customer)] == ["topup"]
 
 
-def test_a_release_gives_the_whole_hold_back(customer: Customer) -> None:
-    customer.hold(credit(300))
-    assert customer.write(lambda tx: ledger.release(tx, customer.account_id, credit(300))) == 1_000_000
-    assert customer.standing() == (1_000_000, 0)
-
-
 def test_a_topup_says_where_it_stands_in_the_chain(customer: Customer) -> None:
     entry = customer.topup(500, note="by hand")
     assert entry == ledger.Entry(customer.account_id, 2, credit(500), credit(1500))

@@ -117,7 +117,7 @@ def test_every_statement_is_understood(database: PostgresDatabase) -> None:
     """One text serves both engines, and this one can plan each, whatever the types of its parameters."""
     with database.connect() as connection:
         for name in sorted(STATEMENTS.keys() - NEVER_RUN - {"db_sqlite._DANGLING"}):
-            compiled = database.compiled(STATEMENTS[name])
+            compiled = database.statements.of(STATEMENTS[name])
             query = b"EXPLAIN " + compiled.sql
             rows = connection.execute(query, dict.fromkeys(compiled._names), prepare=False).fetchall()
             assert rows, name

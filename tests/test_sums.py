@@ -1,0 +1,105 @@
+"""What the operations of a group add to rows that they share: written once, with the group or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from types import NoneType
+from typing import Any
+
+import gevent
+import pytest
+from sqlalchemy import select
+
+from abhiapi import accounts, audit, calls, tables
+from abhiapi.committer import GroupCommitter
+from abhiapi.db import Database, Tx
+from abhiapi.db_postgres_tx import PostgresTx
+from abhiapi.db_sqlite import SqliteTx
+from tests.harness import Clock
+from tests.rows import Customer, settled
+
+pytestmark = pytest.mark.engines
+
+
+@pytest.fixture
+def writer(database: Database) -> Iterator[GroupCommitter]:
+    made = GroupCommitter(database)
+    yield made
+    made.close()
+
+
+def together(writer: GroupCommitter, *ops: Callable[[Tx], object]) -> list[BaseException | None]:
+    """What each of these writes fails with, made so that they are one group."""
+    greenlets = [gevent.spawn(writer.write, op, patience_s=5) for op in ops]
+    gevent.joinall(greenlets)
+    return [greenlet.exception for greenlet in greenlets]
+
+
+def uses(database: Database) -> list[tuple[int, int]]:
+    """Calls and charges as they were rolled up, by day."""
+    statement = select(tables.usage_daily.c.calls, tables.usage_daily.c.charged_micros)
+    return [(row[0], row[1]) for row in database.read(lambda tx: tx.all(statement))]
+
+
+def test_what_a_group_adds_to_a_row_is_written_once(
+    database: Database, writer: GroupCommitter, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else fails in the group: what was added by an operation that failed is gone with it."""
+    customer = Customer.new(database, clock)
+    held = [customer.admit() for _ in range(5)]
+    seen: list[bool] = []
+    moved = calls._MOVE["usage_daily"]
+    engine, name = (PostgresTx, "_executed") if database.engine == "postgresql" else (SqliteTx, "_execute")
+    execute = getattr(engine, name)
+
+    def noted(tx: Tx, statement: Any, params: Any) -> Any:
+        seen.append(b"UPDATE usage_daily" in statement if isinstance(statement, bytes) else statement is moved)
+        return execute(tx, statement, params)
+
+    monkeypatch.setattr(engine, name, noted)
+
+    def ends(call: calls.OpenCall, *, fails: bool = False) -> Callable[[Tx], object]:
+        def end(tx: Tx) -> None:
+            calls.finish(tx, call, settled(5), now_ms=clock.now_ms)
+            if fails:
+                raise ValueError("a bug")
+
+        return end
+
+    errors = together(writer, *(ends(call, fails=number == 2) for number, call in enumerate(held)))
+    assert [type(error) for error in errors] == [NoneType, NoneType, ValueError, NoneType, NoneType]
+    assert uses(database) == [(4, 20)]
+    assert seen.count(True) == 1
+    customer.finish(held[2], settled(5))
+    assert uses(database) == [(5, 25)]
+    assert database.read(audit.verify).problems == []
+
+
+def test_a_sum_that_breaks_a_constraint_is_its_operation_s_alone(
+    database: Database, writer: GroupCommitter, clock: Clock
+) -> None:
+    customer = Customer.new(database, clock)
+    call = customer.admit()
+    row = {"of_account_id": customer.account_id, "of_day": 1, "of_model": "m", "of_key_id": customer.key_id}
+    less = {"more_calls": -1, "more_charged_micros": 0, "more_fal_cost_nano_usd": 0}
+    errors = together(
+        writer,
+        lambda tx: calls.finish(tx, call, settled(5), now_ms=clock.now_ms),
+        lambda tx: tx.add_up(calls._ROLLED["usage_daily"], of=row, more=less),
+        lambda tx: accounts.create(tx, "bob", now_ms=1),
+    )
+    assert [error is None for error in errors] == [True, False, True]
+    assert "check" in str(errors[1]).lower()
+    assert uses(database) == [(1, 5)]
+    assert [account.name for account in database.read(accounts.everyone)] == ["ann", "bob"]
+    assert database.read(audit.verify).problems == []
+
+
+def test_no_transaction_ends_before_its_sums_are_written(database: Database) -> None:
+    with closing(database.session(patience_s=5)) as session:
+        session.begin()
+        session.tx.add_up(calls._ROLLED["usage_daily"], of={"of_account_id": 1}, more={"more_calls": 1})
+        with pytest.raises(AssertionError, match="sums"):
+            session.commit()
+        session.roll_back()
