@@ -22,6 +22,7 @@ from ledger_books import ACCOUNTS, DAYS, FREE_EVERY, MODELS, Books, build, moved
 from ledger_questions import TIMED, Measured, measure
 
 from abhiapi.db import Database
+from abhiapi.db_sqlite import SqliteDatabase
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 SMALL = 10_000
@@ -56,7 +57,7 @@ def main() -> int:
             postgres = stack.enter_context(server())
             for count, each in books.items():
                 started = time.monotonic()
-                databases.setdefault("postgresql", {})[count] = moved(each, postgres)
+                databases.setdefault("postgresql", {})[count] = moved(SqliteDatabase.at(each.path), postgres)
                 built_s["postgresql"] = time.monotonic() - started
         for engine, by_count in databases.items():
             found[engine] = {}
