@@ -32,11 +32,12 @@ def _spent_in(period: str) -> ColumnElement[int]:
     return func.coalesce(spent.correlate(tables.key_limits).scalar_subquery(), literal_column("0"))
 
 
+LIMIT_OF_KEY: ScalarSelect[Any] = select(_k.limit_id).where(_k.key_id == bindparam("key")).scalar_subquery()
+# The limit by its number, and not by a join: PostgreSQL may begin that with what was spent of every limit.
 WITHIN_LIMITS = ~(
     select(literal_column("1"))
     .where(
-        _k.key_id == bindparam("key"),
-        _l.limit_id == _k.limit_id,
+        _l.limit_id == LIMIT_OF_KEY,
         or_(
             _l.day_limit_micros - _spent_in("day") < bindparam("amount"),
             _l.month_limit_micros - _spent_in("month") < bindparam("amount"),
@@ -44,7 +45,6 @@ WITHIN_LIMITS = ~(
     )
     .exists()
 )
-LIMIT_OF_KEY: ScalarSelect[Any] = select(_k.limit_id).where(_k.key_id == bindparam("key")).scalar_subquery()
 # As text: within RETURNING SQLAlchemy leaves the tables' names out, and `key_id = key_id` would be any key.
 LIMIT_OF_CALL: ColumnElement[int | None] = literal_column(
     "(SELECT limited.limit_id FROM keys limited WHERE limited.key_id = calls.key_id)"

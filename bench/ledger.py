@@ -89,7 +89,7 @@ def page(found: Figures, count: int, about: str, built_s: dict[str, float]) -> s
     if "postgresql" in found:
         lines.append(
             "- PostgreSQL runs on this machine too, with `fsync` and 1 GB of `shared_buffers`. Its books were moved "
-            "there from the file as `abhiapi migrate-to` does it, compared and recounted, in "
+            "there from the file as `abhiapi migrate-to` copies them, in "
             f"{built_s['postgresql']:,.0f} s."
         )
     for engine, by_count in found.items():

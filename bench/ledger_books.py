@@ -1,8 +1,9 @@
 """A year of calls in a database of its own, for `ledger.py`: built in bulk, and true to the last hash.
 
-On PostgreSQL it is what `abhiapi migrate-to` makes of the same in a file.
+On PostgreSQL it is a copy of the same from a file.
 """
 
+import secrets
 import sqlite3
 import sys
 import time
@@ -17,12 +18,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from abhiapi import accounts, days, keys, prices, pricing, processes  # noqa: E402
+from abhiapi import accounts, days, keys, migrations_postgres, prices, pricing, processes  # noqa: E402
 from abhiapi.commands import transfer  # noqa: E402
 from abhiapi.db import Database, Tx, database_at  # noqa: E402
 from abhiapi.db_postgres import PostgresDatabase  # noqa: E402
 from abhiapi.db_sqlite import SqliteDatabase  # noqa: E402
-from abhiapi.migrations import migrate, schema_sql  # noqa: E402
+from abhiapi.migrations import VERSION, migrate, schema_sql  # noqa: E402
 from abhiapi.migrations import statements as split  # noqa: E402
 from tests.postgres import Postgres  # noqa: E402
 
@@ -130,7 +131,7 @@ def server() -> Iterator[Postgres]:
 
 
 def moved(source: SqliteDatabase, postgres: Postgres) -> Database:
-    """The same books on PostgreSQL: copied, compared row by row and recounted, as `abhiapi migrate-to` does."""
+    """The same books on PostgreSQL, copied as `abhiapi migrate-to` does it; they are recounted when they are measured."""
     database = database_at(url := postgres.create(empty=True))
     assert isinstance(database, PostgresDatabase)
     progress = Progress("postgresql", 0)
@@ -139,7 +140,14 @@ def moved(source: SqliteDatabase, postgres: Postgres) -> Database:
         progress.what, progress.whole = f"postgresql, {done}", total
         progress.at(rows)
 
-    transfer.fill(source, database, source.name, told)
+    number = secrets.token_hex(8)
+
+    def copied(there: Tx) -> None:
+        with migrations_postgres.arrival(database, VERSION, number, source.name) as here:
+            transfer.copy(there, here, told)
+
+    source.read(copied)
+    migrations_postgres.finish_arrival(database, number)
     progress.end()
     with postgres.connect(url.rpartition("/")[2]) as connection:
         connection.execute("VACUUM ANALYZE")  # what autovacuum has long done where books grew for a year
