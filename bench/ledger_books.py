@@ -131,7 +131,7 @@ def server() -> Iterator[Postgres]:
 
 
 def moved(source: SqliteDatabase, postgres: Postgres) -> Database:
-    """The same books on PostgreSQL, copied as `abhiapi migrate-to` does it; they are recounted when they are measured."""
+    """The same books on PostgreSQL, copied as `abhiapi migrate-to` does it; recounted when they are measured."""
     database = database_at(url := postgres.create(empty=True))
     assert isinstance(database, PostgresDatabase)
     progress = Progress("postgresql", 0)
