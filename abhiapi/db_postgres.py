@@ -260,11 +260,12 @@ class PostgresTx(Tx):
 
 
 class PostgresSession(Session):
-    def __init__(self, database: PostgresDatabase, patience_s: float) -> None:
-        patience_ms = max(1, int(patience_s * 1000))  # 0 would be for ever
+    def __init__(self, database: PostgresDatabase, patience_s: float, answer_s: float | None = None) -> None:
+        # Without a limit of its own the server would go on with a statement that nobody waits for, and keep the turn.
+        limits = {} if answer_s is None else {"statement_timeout": _milliseconds(answer_s)}
         self._database = database
         self.patience_s = patience_s
-        self._connection = database.connect(lock_timeout=f"{patience_ms}ms")
+        self._connection = database.connect(in_full=False, lock_timeout=_milliseconds(patience_s), **limits)
         self.tx: PostgresTx = PostgresTx(self._connection, database)
         self._writer = secrets.randbits(62)
         self._number = 0
@@ -375,8 +376,8 @@ class PostgresDatabase(Database):
             self._compiled[id(statement), returning_key] = known
         return known
 
-    def session(self, *, patience_s: float) -> PostgresSession:
-        return PostgresSession(self, patience_s)
+    def session(self, *, patience_s: float, answer_s: float | None = None) -> PostgresSession:
+        return PostgresSession(self, patience_s, answer_s)
 
     def reads(self) -> PostgresReads:
         return PostgresReads(self)
@@ -594,6 +595,10 @@ class ServerLock(ProcessLock):
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{max(1, int(seconds * 1000))}ms"  # 0 would be for ever
 
 
 def _is_about_nul(error: psycopg.DataError) -> bool:
