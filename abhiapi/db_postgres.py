@@ -45,7 +45,8 @@ from abhiapi.errors import BadRequest, DatabaseUnavailable, SchemaError
 from abhiapi.liveness import ProcessLock
 
 T = TypeVar("T")
-CONNECT_S = 5
+CONNECT_S = 5  # for one address of the server
+REACH_S = 15  # for its name and all its addresses
 READERS_MAX = 8
 SNAPSHOTS_MAX = 5  # of those at most so many for longer reads: no report keeps a call waiting
 LOOK_PATIENCE_S = 3  # a look-up waits this long for a free connection
@@ -360,9 +361,10 @@ class PostgresDatabase(Database):
         server said, which is for operators only."""
         given = self._parameters["options"] + "".join(f" -c {name}={value}" for name, value in options.items())
         try:
-            connection = Connection.connect(
-                **self._parameters | {"options": given}, autocommit=True, prepare_threshold=0, context=_Context()
-            )
+            with _at_most(REACH_S):  # psycopg has its name looked up by a thread, and knows no limit for that
+                connection = Connection.connect(
+                    **self._parameters | {"options": given}, autocommit=True, prepare_threshold=0, context=_Context()
+                )
         except psycopg.Error as error:
             said = f"{self.name}: {' '.join(str(error).split())}" if in_full else "it cannot be reached"
             raise DatabaseUnavailable(f"the database cannot be used: {said}", retry_after_s=5) from error
@@ -606,7 +608,7 @@ def _is_about_nul(error: psycopg.DataError) -> bool:
     return error.sqlstate is None and "NUL" in str(error)
 
 
-def _at_most(wait_s: int) -> gevent.Timeout:
+def _at_most(wait_s: float) -> gevent.Timeout:
     return gevent.Timeout(wait_s, DatabaseUnavailable("the database does not answer", retry_after_s=5))
 
 
