@@ -218,8 +218,11 @@ class Database(ABC):
     waits_cooperatively: bool  # whether other greenlets go on while this one waits for it
 
     @abstractmethod
-    def session(self, *, patience_s: float) -> Session:
-        """A connection to write with, whose `begin` waits at most so long for its turn."""
+    def session(self, *, patience_s: float, answer_s: float | None = None) -> Session:
+        """A connection to write with, whose `begin` waits at most so long for its turn.
+
+        ``answer_s``: when a server gives up a statement of it, whose writer has given up by then.
+        """
 
     @abstractmethod
     def reads(self) -> Reads: ...

@@ -248,7 +248,7 @@ class SqliteDatabase(Database):
     def tx(self, connection: sqlite3.Connection) -> Tx:
         return SqliteTx(connection, self._dialect, self._compiled)
 
-    def session(self, *, patience_s: float) -> SqliteSession:
+    def session(self, *, patience_s: float, answer_s: float | None = None) -> SqliteSession:
         return SqliteSession(self, patience_s)
 
     def reads(self) -> SqliteReads:

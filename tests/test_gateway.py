@@ -12,7 +12,9 @@ import pytest
 from sqlalchemy import text
 
 from abhiapi import admission, calls, errors, gateway, runtime
-from abhiapi.metering import released
+from abhiapi.db import Tx
+from abhiapi.metering import Verdict, released
+from abhiapi.money import Micros
 from tests.harness import OPERATOR_KEY
 from tests.scripted import JSON, PICTURE, UNITS, House, Piece, answer, in_pieces
 
@@ -294,6 +296,34 @@ def test_a_charge_that_cannot_be_written_down_withholds_the_answer_and_is_writte
     house.rt.write(lambda tx: None)  # what was waiting before it is written before it
     assert house.standing() == (START - MEGAPIXEL, 0)
     assert (house.last().state, house.last().charged_micros) == ("settled", MEGAPIXEL)
+
+
+@pytest.mark.parametrize("troubled_by", ["the charge", "the operator's word"])
+def test_a_charge_that_the_ledger_refuses_is_the_operators_however_late(
+    house: House, monkeypatch: pytest.MonkeyPatch, troubled_by: str
+) -> None:
+    """The database is away while the charge is written, or while it is written that nobody can charge it."""
+    finish, is_away = calls.finish, True
+
+    def refusing(tx: Tx, call: calls.OpenCall, verdict: Verdict, **more: Any) -> Micros:
+        if is_away and (verdict.end == "unknown") == (troubled_by == "the operator's word"):
+            raise errors.DatabaseUnavailable("away", retry_after_s=1)
+        if verdict.end == "settled":
+            raise errors.BadAmount("too much")
+        return finish(tx, call, verdict, **more)
+
+    monkeypatch.setattr(calls, "finish", refusing)
+    monkeypatch.setattr(admission, "SETTLE_PATIENCE_S", 0)
+    reply = house.call()
+    assert (reply.status, json.loads(reply.body)["error"]["type"]) == (500, "charge_not_recorded")
+    assert (house.rt.parked, len(house.rt.working_on)) == (1, 1)
+    is_away = False
+    with gevent.Timeout(20):
+        while house.rt.working_on:
+            gevent.sleep(0.01)
+    assert house.rt.parked == 0
+    assert (house.last().state, house.last().reason) == ("unknown", "charge_refused")
+    assert house.standing() == (START, MEGAPIXEL)
 
 
 def test_a_statement_that_the_database_does_not_know_is_a_bug_and_no_trouble(
