@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from abhiapi import runtime
 from abhiapi.db import Database, database_at
 from abhiapi.migrations import migrate
 from abhiapi.settings import Settings
+from tests import plan
 from tests.browser import chromium
 from tests.harness import OPERATOR_KEY, ROOT, WEBHOOK_KEY, Books, Clock, Fal, Server
 from tests.postgres import Postgres, shared
@@ -42,7 +44,17 @@ def _read_sources(number: int) -> None:
     """
 
 
-_read_sources()
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes long begins first, on each process; coverage counts where `plan` says."""
+    items[:] = plan.dealt(items, lambda item: item.path.stem, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    if config.pluginmanager.hasplugin("_cov"):
+        for item in items:
+            if item.path.stem not in plan.MEASURED:
+                item.add_marker("no_cover")
+
+
+def pytest_collection_finish() -> None:
+    _read_sources()
 
 
 @pytest.fixture
