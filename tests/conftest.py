@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
@@ -29,6 +30,7 @@ from tests.redis_server import RedisServer
 from tests.scripted import House, ScriptedFal
 
 METRICS_TOKEN = "of-the-tests"
+IN_MEMORY, MEMORY_BYTES = Path("/dev/shm"), 3 << 30  # a run takes a tenth of that
 STRICT_BODY_BYTES = 300_000  # more than a body that is kept in memory
 # How long an example took says how busy the machine is, and nothing of the code.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -42,6 +44,14 @@ def _read_sources(number: int) -> None:
 
     Python 3.11 fails in `ast` («recursion depth mismatch») where one does.
     """
+
+
+def pytest_configure() -> None:
+    """Databases of tests are made by the thousand, and no test cuts the power: in memory, where there is enough."""
+    if IN_MEMORY.is_dir() and os.access(IN_MEMORY, os.W_OK) and "TMPDIR" not in os.environ:
+        about = os.statvfs(IN_MEMORY)
+        if about.f_bavail * about.f_frsize >= MEMORY_BYTES and not about.f_flag & os.ST_NOEXEC:
+            tempfile.tempdir = os.environ["TMPDIR"] = str(IN_MEMORY)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
