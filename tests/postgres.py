@@ -28,6 +28,7 @@ from tests.harness import free_port
 USER = "abhiapi"
 TEMPLATE = "fresh"
 FAST = {"fsync": "off", "full_page_writes": "off", "shared_buffers": "64MB", "max_connections": "300"}
+FAST["dynamic_shared_memory_type"] = "mmap"  # in its folder: what a kill leaves goes with that
 
 
 def programs() -> Path:

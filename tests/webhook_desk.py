@@ -24,7 +24,7 @@ from abhiapi.settings import Settings
 from abhiapi.webhook_delivery import Deliveries
 from tests.harness import OPERATOR_KEY, Books, Clock, Fal, until
 from tests.receiver import Receiver
-from tests.test_queue_settlement import is_done, placed
+from tests.test_reconciler import is_done, placed
 
 PUBLIC_URL = "https://fal.example.com"
 USER_ID = "fal-user"
