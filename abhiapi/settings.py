@@ -384,6 +384,11 @@ class Settings:
         return default_folder() / f"postgresql-{url.database}.{what}"
 
     @property
+    def drain_s(self) -> int:
+        """How long a server that was told to end has for what runs: longer than fal may take."""
+        return self.upstream_timeout_s + 60
+
+    @property
     def longest_call_s(self) -> int:
         """By when after its admission any call is over: fal's answer, a slow caller, and fal's rest after a hang-up."""
         return 2 * self.upstream_timeout_s + SLOW_CALLER_S + STALL_S + 60

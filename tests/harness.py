@@ -230,10 +230,11 @@ class Server:
     def start(cls, folder: Path, fal_url: str, **settings: str) -> Server:
         """Start on a database in ``folder`` (kept if there is one) and wait until it answers.
 
-        ``PORT`` may be given, and ``CWD``, where its .env is; a setting that is empty is not there at all.
+        ``PORT`` may be given, ``WORKERS``, and ``CWD``, where its .env is; a setting that is empty is not there at all.
         """
         port = int(settings.pop("PORT", 0)) or free_port()
         cwd = Path(settings.pop("CWD", ROOT))
+        more = ["--workers", settings.pop("WORKERS")] if "WORKERS" in settings else []
         url = settings.setdefault("ABHIAPI_DATABASE_URL", f"sqlite:///{folder / 'abhiapi.db'}")
         if url.startswith("postgresql"):
             settings.setdefault("ABHIAPI_WEBHOOK_KEY", WEBHOOK_KEY)
@@ -255,7 +256,7 @@ class Server:
         database = database_at(url)
         migrate(database)
         process = Process.start(
-            [str(ROOT / "cli.py"), "serve", "--bind", f"127.0.0.1:{port}"], folder / "server.log", env, cwd=cwd
+            [str(ROOT / "cli.py"), "serve", "--bind", f"127.0.0.1:{port}", *more], folder / "server.log", env, cwd=cwd
         )
         server = cls(process, f"http://127.0.0.1:{port}", Books(database), folder, env)
         until(lambda: _answers(server.url + "/healthz", process), what="the server answers", within_s=START_S)
