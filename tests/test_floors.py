@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
         """
         errors money ids days csvtext spent estimates price_terms price_file price_sync pricing metering
         jsonbytes encodings eventstream fairness
-        wire queuewire webhookwire target addresses redaction redis_url
+        wire queuewire webhookwire target addresses redaction redis_url setting_forms
         """,
         """
         settings tables committer
@@ -56,7 +56,17 @@ DOORS = {
     "cryptography": {"signing"},
     "sqlite3": {"db_sqlite", "migrations", "commands"},
     "psycopg": {"db_postgres", "migrations_postgres"},
-    "sqlalchemy": {"db", "db_base", "db_sqlite", "db_postgres", "tables", "settings", "commands.transfer", *ROWS},
+    "sqlalchemy": {
+        "db",
+        "db_base",
+        "db_sqlite",
+        "db_postgres",
+        "tables",
+        "settings",
+        "setting_forms",
+        "commands.transfer",
+        *ROWS,
+    },
     "flask": {"web", "settings"},
     "flask_limiter": {"web"},
     "flask_login": {"web"},

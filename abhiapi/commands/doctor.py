@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 def doctor(offline: bool, as_json: bool) -> None:
     """Check that everything is as it should be.
 
-    Looks at settings, files and their rights, the database, prices, margins, open holds, the ledger, alerts, backups,
-    the reconciler and what serves beside it; asks fal whether it takes the credential and what time it is, and this service at its public
-    address. Prints a line for each check: ok, warn, or fail with what to do. Exits with 1 when something needs you.
-    Changes nothing, and runs beside a serving proxy.
+    Looks at settings, files and their rights, the database and what serves it, prices, margins, open holds, the
+    ledger, alerts, backups and the reconciler; asks fal whether it takes the credential and what time it is, and this
+    service at its public address. Prints a line for each check: ok, warn, or fail with what to do. Exits with 1 when
+    something needs you. Changes nothing, and runs beside a serving proxy.
 
     \b
     Examples:
