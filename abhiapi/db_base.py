@@ -255,6 +255,10 @@ class Database(ABC):
         """Which of these processes (number: pid) are dead, as far as can be told by now."""
 
     @abstractmethod
+    def living(self, pids: Mapping[int, int]) -> set[int]:
+        """Which of these processes (number: pid) show just now that they live."""
+
+    @abstractmethod
     def is_dead(self, process_id: int, pid: int) -> bool:
         """Whether a process is certainly dead; asks nobody that has to be waited for. See `watch`."""
 

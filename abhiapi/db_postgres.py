@@ -327,6 +327,9 @@ class PostgresDatabase(Database):
         }
         return {process_id for process_id in self._free_since if self.is_dead(process_id, 0)}
 
+    def living(self, pids: Mapping[int, int]) -> set[int]:
+        return self.pooled(lambda _, connection: _living(connection)) & pids.keys()
+
     def is_dead(self, process_id: int, pid: int) -> bool:
         free_since = self._free_since.get(process_id)
         return free_since is not None and monotonic() - free_since >= FREE_FOR_S

@@ -234,10 +234,11 @@ class Server:
     def start(cls, folder: Path, fal_url: str, **settings: str) -> Server:
         """Start on a database in ``folder`` (kept if there is one) and wait until it answers.
 
-        ``PORT`` may be given, and ``CWD``, where its .env is; a setting that is empty is not there at all.
+        ``PORT`` may be given, ``WORKERS``, and ``CWD``, where its .env is; a setting that is empty is not there at all.
         """
         port = int(settings.pop("PORT", 0)) or free_port()
         cwd = Path(settings.pop("CWD", ROOT))
+        workers = int(settings.pop("WORKERS", "1"))
         url = settings.setdefault("ABHIAPI_DATABASE_URL", f"sqlite:///{folder / 'abhiapi.db'}")
         if url.startswith("postgresql"):
             settings.setdefault("ABHIAPI_WEBHOOK_KEY", WEBHOOK_KEY)
@@ -258,7 +259,7 @@ class Server:
         env = {name: value for name, value in env.items() if value or name not in settings}
         database = database_at(url)
         migrate(database)
-        arguments = ["-m", "gunicorn", *serving.gunicorn_arguments(f"127.0.0.1:{port}")]
+        arguments = ["-m", "gunicorn", *serving.gunicorn_arguments(f"127.0.0.1:{port}", workers)]
         process = Process.start(arguments, folder / "server.log", env, cwd=cwd)
         server = cls(process, f"http://127.0.0.1:{port}", Books(database), folder, env)
         until(lambda: _answers(server.url + "/healthz", process), what="the server answers", within_s=START_S)

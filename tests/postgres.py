@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pwd
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -50,7 +51,13 @@ class Postgres:
 
     @classmethod
     def start(cls, **settings: str) -> Postgres:
-        """A new server, in a folder that its user can reach (pytest's are root's alone)."""
+        server = cls.make(**settings)
+        server.go()
+        return server
+
+    @classmethod
+    def make(cls, **settings: str) -> Postgres:
+        """A new server that does not run yet, in a folder that its user can reach (pytest's are root's alone)."""
         folder = Path(tempfile.mkdtemp(prefix="abhiapi-postgres-"))
         folder.chmod(0o755)
         if os.geteuid() == 0:
@@ -60,11 +67,11 @@ class Postgres:
         lines = {"listen_addresses": "127.0.0.1", "port": str(server.port), "unix_socket_directories": str(folder)}
         with open(folder / "data" / "postgresql.conf", "a") as file:
             file.writelines(f"{name} = '{value}'\n" for name, value in (lines | FAST | settings).items())
-        server.go()
         return server
 
-    def go(self) -> None:
-        self._do("pg_ctl", "-l", str(self.folder / "log"), "-w", "start")
+    def go(self, *options: str) -> None:
+        """Start it, with options of `postgres` itself, which count more than its file."""
+        self._do("pg_ctl", "-l", str(self.folder / "log"), "-o", shlex.join(options), "-w", "start")
 
     def stop(self, mode: str = "immediate") -> None:
         self._do("pg_ctl", "-m", mode, "-w", "stop")
@@ -79,7 +86,8 @@ class Postgres:
         self._do("pg_ctl", "-w", "promote")
 
     def remove(self) -> None:
-        self.stop()
+        if (self.folder / "data" / "postmaster.pid").exists():
+            self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def url(self, name: str) -> str:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import signal
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import requests
+from sqlalchemy import select
 
-from tests.harness import Fal, Server, until
+from abhiapi import processes, tables
+from tests.harness import Fal, Server, own, until
+from tests.redis_server import RedisServer
 
 PRICE_MICROS = 26_250  # one megapixel of flux dev at the default margin
 KILLS = 20
@@ -108,6 +112,38 @@ def test_a_server_told_to_stop_finishes_fifty_running_calls(fal: Fal, tmp_path: 
     assert server.books.standing(name) == (10_000_000 - 50 * PRICE_MICROS, 0)
     assert server.books.verify().ok
     assert not list(tmp_path.glob("*.process-*")), "a clean end leaves no lock file"
+
+
+@pytest.mark.engines("postgresql")
+def test_several_processes_told_to_stop_finish_what_runs_in_each(
+    fal: Fal, tmp_path: Path, database_url: str, redis_server: RedisServer
+) -> None:
+    """SIGTERM to `serve --workers 2`: whoever was let in is answered and charged, nobody is let in any more."""
+    settings = {"ABHIAPI_DATABASE_URL": database_url, "ABHIAPI_LIMITS_URL": redis_server.url(), "WORKERS": "2"}
+    server = Server.start(tmp_path, fal.url, **settings)
+    marker = own("graceful")
+    name, key = server.books.account(10_000)
+    holding = select(tables.calls.c.process_id).where(tables.calls.c.state == "held").distinct()
+    running: list[Future[requests.Response]] = []
+    with ThreadPoolExecutor(100) as pool:
+        try:
+            until(lambda: server.process.output().count("AbhiAPI serves") == 2, what="both serve")
+            while len(running) < 10 or len(server.books.read(lambda tx: tx.all(holding))) < 2:
+                assert len(running) < 100, "one of the two takes all calls"
+                running.append(pool.submit(server.post, key, body={"prompt": marker}, weather=f"hold_until={marker}"))
+                until(lambda: len(fal.calls(marker)) == len(running), what="fal has the call")
+            server.process.popen.send_signal(signal.SIGTERM)
+            until(lambda: not _accepts(server), what="no new connection is taken")
+            assert server.books.standing(name)[1] == len(running) * PRICE_MICROS
+            fal.release(marker)
+            assert {one.result().status_code for one in running} == {200}
+            assert server.process.popen.wait(30) == 0
+        finally:
+            fal.release(marker)
+            server.process.kill()
+    assert server.books.standing(name) == (10_000_000 - len(running) * PRICE_MICROS, 0)
+    assert server.books.verify().ok
+    assert server.books.read(processes.running) == []
 
 
 @pytest.mark.engines
