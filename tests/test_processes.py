@@ -111,6 +111,7 @@ def test_two_processes_do_not_mix_up_their_locks(path: Path) -> None:
     second.release()
 
 
+@pytest.mark.engines
 def test_a_process_runs_from_its_start_to_its_end(database: Database) -> None:
     first = database.write(lambda tx: processes.start(tx, pid=41, now_ms=1))
     second = database.write(lambda tx: processes.start(tx, pid=42, now_ms=2))
