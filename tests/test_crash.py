@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import requests
 
-from abhiapi import db_postgres, runtime, sweep
-from abhiapi.settings import Settings
 from tests.harness import Fal, Server, until
+from tests.postgres import sweep_at_once
 
 PRICE_MICROS = 26_250  # one megapixel of flux dev at the default margin
 KILLS = {"sqlite": 20, "postgresql": 4}
@@ -44,17 +43,6 @@ class Load:
         self._over.set()
         for thread in self._threads:
             thread.join(60)
-
-
-def sweep_at_once(server: Server) -> None:
-    """As any process on PostgreSQL does it once it has seen a lock free for long enough, which here is no time."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(db_postgres, "FREE_FOR_S", 0)
-        rt = runtime.start(Settings.from_env(server.env))
-        try:
-            until(lambda: sweep.run_once(rt) == server.books.read(_open_holds) == 0, what="no hold is left")
-        finally:
-            rt.close()
 
 
 @pytest.mark.engines
