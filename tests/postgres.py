@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+import pytest
 
+from abhiapi import db_postgres, processes, runtime, sweep
 from abhiapi.db import database_at
 from abhiapi.migrations import migrate
-from tests.harness import free_port
+from abhiapi.settings import Settings
+from tests.harness import Server, free_port, until
 
 USER = "abhiapi"
 TEMPLATE = "fresh"
@@ -164,6 +167,23 @@ def shared(root: Path) -> Iterator[Postgres]:
             else:
                 known.unlink()
                 server.remove()
+
+
+def sweep_at_once(server: Server) -> None:
+    """End what killed processes left to this server, as any process does once it has seen a lock free for long enough.
+
+    Which here is no time.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(db_postgres, "FREE_FOR_S", 0)
+        rt = runtime.start(Settings.from_env(server.env))
+        try:
+            until(
+                lambda: sweep.run_once(rt) == 0 and len(server.books.read(processes.running)) == 2,
+                what="only the server is left, and who looks",
+            )
+        finally:
+            rt.close()
 
 
 def _tail(path: Path) -> str:

@@ -122,6 +122,7 @@ def test_a_look_at_who_lives_leaves_everything_as_it_is(path: Path) -> None:
     assert [is_alive(path, 8, pid) for pid in (os.getpid(), DEAD_PID)] == [True, False]
 
 
+@pytest.mark.engines
 def test_a_process_runs_from_its_start_to_its_end(database: Database) -> None:
     first = database.write(lambda tx: processes.start(tx, pid=41, now_ms=1))
     second = database.write(lambda tx: processes.start(tx, pid=42, now_ms=2))

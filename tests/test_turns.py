@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import gevent
 import pytest
@@ -21,9 +20,9 @@ UNTIL = select(tables.timers.c.claimed_until)
 
 
 @pytest.fixture
-def processes(database_url: str, tmp_path: Path, clock: Clock) -> Iterator[list[runtime.Runtime]]:
+def processes(database_url: str, clock: Clock) -> Iterator[list[runtime.Runtime]]:
     """Two over one database."""
-    settings = server_settings(tmp_path, ABHIAPI_DATABASE_URL=database_url, ABHIAPI_WEBHOOK_KEY="A" * 43 + "=")
+    settings = server_settings(database_url)
     made = [runtime.start(settings, now_ms=clock, rules=()) for _ in range(2)]
     yield made
     for rt in made:
