@@ -147,7 +147,8 @@ def _first(
 def _keep(rt: Runtime, claim: idempotency.Claim, call_id: int, answer: idempotency.Answer) -> None:
     is_last_word = answer.status < 500 and answer.status not in _PASSING
     try:
-        rt.write(lambda tx: idempotency.keep(tx, claim, call_id, answer, is_last_word=is_last_word))
+        if rt.may_keep(claim.account_id, len(answer.body)):
+            rt.write(lambda tx: idempotency.keep(tx, claim, call_id, answer, is_last_word=is_last_word))
     except DatabaseUnavailable as error:  # it is paid for, so it leaves all the same; a repeat will be refused
         log.warning("the answer of %s was not kept for a repeat: %s", call_text(call_id), error.message)
 
@@ -203,7 +204,8 @@ def _nothing_kept(found: idempotency.Found, base_url: str) -> AbhiError:
         )
     return IdempotencyAnswerGone(
         f"the call under this Idempotency-Key, {name}, has ended and cost {credits_text(found.charged_micros)} "
-        "credits, and its answer is not kept: it was large, a stream, or lost in a crash. It was not sent again"
+        "credits, and its answer is not kept: it was large, a stream, beyond what is kept of an account in a day, or "
+        "lost in a crash. It was not sent again"
     )
 
 

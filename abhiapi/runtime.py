@@ -13,7 +13,8 @@ from typing import TypeVar
 import gevent
 from gevent.event import AsyncResult, Event
 
-from abhiapi import addresses, alerts, keys, prices, pricing, processes, signing
+from abhiapi import accounts, addresses, alerts, keys, prices, pricing, processes, signing
+from abhiapi.allowances import DailyBytes
 from abhiapi.committer import GroupCommitter, in_thread
 from abhiapi.db import Busy, Database, Reads, Tx
 from abhiapi.errors import DatabaseUnavailable, SettingsError
@@ -85,6 +86,7 @@ class Runtime:
     log_calls: bool = True
     proxy_seen_at: int = 0  # when a request last came through a reverse proxy that the settings do not know of
     tracer: Tracer | None = None  # where nobody collects traces
+    kept_today: DailyBytes = field(default_factory=DailyBytes)
     parked: int = 0  # ends of calls that wait for the database
     oldest_hold_at: int | None = None  # as of the last look; None: nothing is held
 
@@ -113,6 +115,19 @@ class Runtime:
         self.parked += 1
         self.alert("parked_charge", "charges", f"the end of {call_text(call_id)} could not be written, and waits")
         gevent.spawn(settle)
+
+    def may_keep(self, account_id: int, size_bytes: int) -> bool:
+        """Whether an answer or a payload of an account's may be stored: whether it has not had too many of them today.
+
+        Raises `DatabaseUnavailable`.
+        """
+        if self.kept_today.take(account_id, size_bytes, now_ms=self.now_ms()):
+            return True
+        if self.kept_today.is_news(account_id):
+            name = self.reader.read(lambda tx: accounts.by_id(tx, account_id).name)
+            most = self.kept_today.most >> 20
+            log.warning("%d MiB of answers and webhooks were kept for %s today: no more large ones are", most, name)
+        return False
 
     def alert(self, kind: str, subject: str, message: str) -> None:
         """Raise an alert unless it stands already: written off the path of the call that met it."""

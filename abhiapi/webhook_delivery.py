@@ -197,6 +197,8 @@ class Deliveries:
             raise UpstreamError(f"fal answered the question for the result with status {reply.status}")
         if webhook_intake.shows_secret(self._rt, body):
             body = None
+        if body is not None and not self._rt.may_keep(job.call.account_id, len(body)):
+            body = None  # it is announced, as one that is too large
         made = webhookwire.payload(job.request_id, gateway_id or job.request_id, reply.status, body)
         outcome = settlement.known(self._rt, job)
         member = webhook_intake.billing(job, outcome.charge_micros, outcome.balance_micros)

@@ -148,7 +148,7 @@ def _store(rt: Runtime, job: Job, payload: bytes | None) -> None:
     finally:
         _settling.release()
     call_id, now = job.call.call_id, rt.now_ms()
-    if payload is None:
+    if payload is None or not rt.may_keep(job.call.account_id, len(payload)):
         rt.write(lambda tx: webhooks.hurry(tx, call_id))
         return
     whole = jsonbytes.spliced(payload, billing(job, outcome.charge_micros, outcome.balance_micros))

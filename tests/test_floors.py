@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
     tuple(floor.split())
     for floor in (
         """
-        errors money ids days csvtext spent estimates price_terms price_file price_sync pricing metering
+        errors money ids days allowances csvtext spent estimates price_terms price_file price_sync pricing metering
         jsonbytes encodings eventstream fairness
         wire queuewire webhookwire target addresses redaction redis_url setting_forms
         """,

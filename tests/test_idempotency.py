@@ -218,6 +218,28 @@ def test_an_answer_that_is_not_kept_is_not_paid_for_twice(house: House, told: An
     assert len(house.fal.sent) == charges(house) == 1
 
 
+def test_what_is_kept_of_an_account_in_a_day_has_a_bound(
+    house: House, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beyond it small answers are kept all the same, others on another day; no call is paid for twice."""
+    house.rt.kept_today.most = 20_000
+    middling = b'{"image":{"content":"' + b"x" * 8000 + b'"}}'
+
+    def is_kept(name: str, told: bytes) -> bool:
+        house.fal.answer = answer([told])
+        first = ask(house, idempotency_key=name)
+        again = ask(house, idempotency_key=name)
+        assert again.body == first.body or error_of(again) == (410, "idempotency_answer_gone")
+        return is_replay(again)
+
+    assert [is_kept(f"k{number}", middling) for number in range(4)] == [True, True, False, False]
+    assert is_kept("small", PICTURE)
+    assert len([line for line in caplog.messages if f"kept for {house.account} today" in line]) == 1
+    clock.tick(86_400_000)
+    assert is_kept("next day", middling)
+    assert len(house.fal.sent) == charges(house) == 6
+
+
 @pytest.mark.parametrize(("path", "told"), [(FLUX, PICTURE), (QUEUE, JOB)])
 def test_an_answer_that_could_not_be_written_down_leaves_and_is_refused_later(
     house: House, monkeypatch: pytest.MonkeyPatch, path: str, told: bytes

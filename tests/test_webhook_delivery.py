@@ -431,6 +431,19 @@ def test_trouble_at_fal_delays_the_payload(desk: Desk, receiver: Receiver) -> No
     assert desk.row(job).state == "delivered"
 
 
+def test_what_waits_for_an_account_in_a_day_has_a_bound(desk: Desk, receiver: Receiver) -> None:
+    """Beyond it large results are announced; small ones are carried."""
+    desk.rt.kept_today.most = 100_000
+    desk.wanting(receiver.url(), 2, weather="size_bytes=80000")
+    desk.settle()
+    desk.deliveries.run_until_idle()
+    desk.wanting(receiver.url())
+    desk.settle()
+    desk.deliveries.run_until_idle()
+    told = [delivery.json.get("payload_error") for delivery in receiver.deliveries]
+    assert sorted(map(str, told)) == sorted(["None", webhookwire.TOO_LARGE, "None"])
+
+
 def test_a_result_that_is_too_large_is_announced(desk: Desk, receiver: Receiver) -> None:
     _, _ = desk.wanting(receiver.url(), weather=f"size_bytes={webhookwire.PAYLOAD_BYTES_MAX + 1}")
     desk.settle()

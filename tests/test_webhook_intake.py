@@ -194,6 +194,18 @@ def test_a_signed_body_that_cannot_be_kept_still_ends_the_job(known: Desk, recei
     assert receiver.deliveries[0].json["payload"]["images"]
 
 
+def test_a_large_body_beyond_what_is_kept_in_a_day_is_left_and_ends_the_job(known: Desk, receiver: Receiver) -> None:
+    known.rt.kept_today.most = 20_000
+    account, found = known.wanting(receiver.url(), 3)
+    for job in found:
+        known.receive(job, fals_body(job).replace(b'"n":1.0', b'"n":"' + b"x" * 9000 + b'"'))
+    assert [known.row(job).state for job in found] == ["due", "due", "waiting"]
+    assert known.books.standing(account)[1] == 0
+    known.deliveries.run_until_idle()
+    assert sum("images" in delivery.json["payload"] for delivery in receiver.deliveries) == 1  # made from the result
+    assert len(receiver.deliveries) == 3
+
+
 @pytest.mark.engines
 def test_settlers_racing_with_fals_delivery_end_it_once(known: Desk, receiver: Receiver) -> None:
     """Row 37 of B5, with the webhook as one of them."""
