@@ -9,14 +9,17 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import sys
+import time
 from typing import Any
 
-from abhiapi import logs, serving
+from abhiapi import draining, logs, serving
 from abhiapi.errors import SettingsError
 
 log = logging.getLogger("abhiapi")
 
+ENDING = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGQUIT))
 GC_THRESHOLDS = (20_000, 20, 50)
 SWITCH_INTERVAL_S = 0.0005  # the thread that commits gets its turn beside a busy event loop
 
@@ -42,7 +45,7 @@ workers = 1
 worker_connections = serving.CONNECTIONS
 backlog = 4096
 timeout = 60  # a worker whose event loop stands still this long is restarted
-graceful_timeout = _settings.drain_s
+graceful_timeout = _settings.graceful_s
 keepalive = 5
 forwarded_allow_ips = ""  # proxies in front are trusted by ABHIAPI_TRUSTED_PROXIES alone
 control_socket_disable = True
@@ -70,6 +73,18 @@ def on_starting(server: Any) -> None:
             reload()
 
     server.handle_hup = reload_if_settings_are_good
+    end = server.handle_term
+
+    def end_when_the_balancer_knows() -> None:
+        """Workers go on meanwhile; a second signal ends the wait. Not at a reload: new workers take the socket over."""
+        draining.begin()
+        deadline = time.monotonic() + _settings.drain_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            if ENDING.intersection(server.wait_for_signals(timeout=left_s)):
+                break
+        end()
+
+    server.handle_term = end_when_the_balancer_knows
 
 
 def on_reload(server: Any) -> None:

@@ -136,6 +136,13 @@ class Settings:
     fal_queue_s: int = _setting(
         "ABHIAPI_FAL_QUEUE_S", "5", "how long a call may wait for its turn at fal, seconds", form.whole(0, 600)
     )
+    drain_s: int = _setting(
+        "ABHIAPI_DRAIN_S",
+        "0",
+        "how long a server that was told to end still takes calls while `/healthz` says 503, so that a balancer that "
+        "asks there sends none any more, seconds",
+        form.whole(0, 30),
+    )
     max_body_bytes: int = _setting(
         "ABHIAPI_MAX_BODY_BYTES", "104857600", "larger request bodies get 413", form.whole(1, 2**40)
     )
@@ -257,8 +264,8 @@ class Settings:
         return default_folder() / f"postgresql-{url.database}.{what}"
 
     @property
-    def drain_s(self) -> int:
-        """How long a server that was told to end has for what runs: longer than fal may take."""
+    def graceful_s(self) -> int:
+        """How long a server that was told to end has for what runs once it takes nothing new: longer than fal needs."""
         return self.upstream_timeout_s + 60
 
     @property

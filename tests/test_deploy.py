@@ -1,8 +1,9 @@
-"""deploy/: what an operator copies works as it stands there, with real nginx, Caddy, systemd and docker-compose."""
+"""deploy/: what an operator copies works as it stands there, with the real nginx and Caddy."""
 
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import threading
@@ -18,7 +19,6 @@ import trustme
 from tests.harness import ROOT, Fal, Server, environment, free_port, until
 
 DEPLOY = ROOT / "deploy"
-UNITS = sorted((DEPLOY / "systemd").glob("abhiapi*"))
 HOST = "fal.example.com"
 
 
@@ -73,12 +73,12 @@ def nginx(folder: Path, backend_port: int) -> Iterator[tuple[str, str | bool]]:
 
 
 @contextmanager
-def caddy(folder: Path, backend_port: int, *, admin: str = "off") -> Iterator[tuple[str, str | bool]]:
+def caddy(folder: Path, *ports: int, admin: str = "off") -> Iterator[tuple[str, str | bool]]:
     """The real Caddy with the example as it is; by a port alone it serves without a certificate."""
-    port = free_port()
+    own = free_port()
     env = environment(
-        ABHIAPI_SITE=f"http://:{port}",
-        ABHIAPI_UPSTREAMS=f"127.0.0.1:{backend_port}",
+        ABHIAPI_SITE=f"http://:{own}",
+        ABHIAPI_UPSTREAMS=" ".join(f"127.0.0.1:{port}" for port in ports),
         XDG_DATA_HOME=str(folder),
         XDG_CONFIG_HOME=str(folder),
         HOME=str(folder),
@@ -90,8 +90,8 @@ def caddy(folder: Path, backend_port: int, *, admin: str = "off") -> Iterator[tu
             ["caddy", "run", "--adapter", "caddyfile", "--config", str(file)], env=env, stdout=out, stderr=out
         )
     try:
-        until(lambda: _is_open(port, process), what="caddy listens")
-        yield f"http://127.0.0.1:{port}", True
+        until(lambda: _is_open(own, process), what="caddy listens")
+        yield f"http://127.0.0.1:{own}", True
     finally:
         process.terminate()
         process.wait(20)
@@ -203,3 +203,38 @@ def test_an_error_page_says_neither_nginx_nor_what_a_client_repeats(name: str, f
         assert (answer.status_code, answer.json()["error"]["type"]) == (500, "upstream_outcome_unknown")
         assert {"detail", "message"} < answer.json().keys()
         assert "nginx" not in answer.text.lower()
+
+
+def test_one_of_two_behind_caddy_ends_and_no_call_is_cut_or_refused(fal: Fal, server: Server, tmp_path: Path) -> None:
+    """B2-11, an upgrade one by one: with ABHIAPI_DRAIN_S Caddy knows before the socket closes."""
+    settings = {"ABHIAPI_TRUSTED_PROXIES": "1", "ABHIAPI_DRAIN_S": "30"}
+    statuses: list[int] = []
+    over = threading.Event()
+    _, key = server.books.account(100_000)
+    with Server.started(server.folder, fal.url, **settings) as ends:
+        ports = [int(one.url.rpartition(":")[2]) for one in (ends, server)]
+        with caddy(tmp_path, *ports) as (url, _):
+            front = Front(url, True, None)
+            until(lambda: front.post("").status_code == 401, what="it has found our servers")
+
+            def call() -> None:
+                while not over.is_set():
+                    statuses.append(front.post(key).status_code)
+
+            callers = [threading.Thread(target=call) for _ in range(3)]
+            for caller in callers:
+                caller.start()
+            try:
+                ends.process.popen.send_signal(signal.SIGTERM)
+                until(lambda: not requests.get(f"{ends.url}/healthz", timeout=10).ok, what="it says that it ends")
+                assert ends.post(key).status_code == 200
+                noticed = '"status code out of tolerances"'
+                until(lambda: noticed in (tmp_path / "caddy.out").read_text(), what="Caddy has asked it")
+                since = len(statuses)
+                until(lambda: len(statuses) > since + 10, what="Caddy goes on with the other")
+                assert ends.process.stop(signal.SIGTERM) == 0  # the second one: it need not wait any longer
+            finally:
+                over.set()
+                for caller in callers:
+                    caller.join(60)
+    assert set(statuses) == {200}

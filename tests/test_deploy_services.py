@@ -267,7 +267,7 @@ def test_units_are_accepted_and_hardened(tmp_path: Path) -> None:
 
 
 def test_who_stops_a_service_waits_longer_than_the_longest_call() -> None:
-    longest_s = Settings.from_env({}).upstream_timeout_s + 60  # gunicorn's graceful_timeout
+    longest_s = Settings.from_env({}).graceful_s + 30  # the longest ABHIAPI_DRAIN_S
     assert int(unit("abhiapi.service")["TimeoutStopSec"][0]) > longest_s
     service = yaml.safe_load((DEPLOY / "docker-compose.yml").read_text())["services"]["proxy-1"]
     assert int(service["stop_grace_period"].removesuffix("s")) > longest_s

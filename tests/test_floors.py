@@ -43,7 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
         webhook_intake webhook_delivery
         telemetry monitoring
         """,
-        "web commands serving wsgi gunicorn_config worker sandbox",
+        "web commands serving draining wsgi gunicorn_config worker sandbox",
     )
 )
 FACTS, NEIGHBOURS, ROWS, PRODUCT, SHELLS = FLOORS

@@ -30,6 +30,7 @@ BAD = {
     "ABHIAPI_UPSTREAM_TIMEOUT_S": "0.5",
     "ABHIAPI_FAL_CONCURRENCY": "few",
     "ABHIAPI_FAL_QUEUE_S": "0.5",
+    "ABHIAPI_DRAIN_S": "31",
     "ABHIAPI_MAX_BODY_BYTES": "100MB",
     "ABHIAPI_FAL_RUN_URL": "ftp://fal.run",
     "ABHIAPI_FAL_QUEUE_URL": "https://user@queue.fal.run",

@@ -52,7 +52,7 @@ def _processes(serving_now: list[Process], settings: Settings, now_ms: int) -> C
         "it may: set ABHIAPI_LIMITS_URL to one Redis for all of them, or stop all but one"
     )
     newest = max(process.started_at for process in serving_now)
-    if now_ms - newest < settings.drain_s * 1000:
+    if now_ms - newest < settings.graceful_s * 1000:
         return Check("processes", "warn", f"{message}; unless one is the old one of a reload, which ends by itself")
     return Check("processes", "fail", message)
 

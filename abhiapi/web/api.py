@@ -14,6 +14,7 @@ from flask_limiter import Limiter
 
 from abhiapi import (
     accounts,
+    draining,
     ids,
     jsonbytes,
     pricing,
@@ -68,10 +69,11 @@ def blueprint(limiter: Limiter, limit: str) -> Blueprint:
 
 
 def healthz() -> Response:
-    """200 while the database takes writes: one is made to find out, at most once a second."""
+    """200 while calls may come: the database takes writes (one is made to find out, at most once a second)."""
     error = monitor().trouble()
-    if error is not None:
-        response = jsonify({"status": "unavailable", "reason": error.message})
+    reason = "this server is ending" if draining.is_under_way() else error and error.message
+    if reason is not None:
+        response = jsonify({"status": "unavailable", "reason": reason})
         response.status_code = 503
         response.headers["Retry-After"] = "2"
         return response
