@@ -99,7 +99,7 @@ def test_no_charge_passes_its_hold_by_more_than_rounding(catalogue: Catalogue) -
         assert pricing.charge(price, units) <= held + ROUNDING_MICROS, (rule.model, call_input, units)
 
     holds_cover()
-    assert len(served) > 100  # of 176, called with input that they take
+    assert 2 * len(served) > len(RULES)  # called with input that they take; which ones, the loaded sources decide too
 
 
 def test_models_known_by_name_only_are_held_for_by_their_unit() -> None:

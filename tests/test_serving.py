@@ -177,7 +177,8 @@ def test_bind_addresses_are_read(text: str, parsed: tuple[str, int]) -> None:
 def test_the_installed_package_holds_its_data_files(tmp_path: Path) -> None:
     """schema.sql lies at the top of the checkout and must still come along in the package."""
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)],
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+        + ["--wheel-dir", str(tmp_path), str(ROOT)],
         check=True,
         capture_output=True,
         timeout=120,
