@@ -182,7 +182,7 @@ class PostgresTx(Tx):
     def one_then(self, first: Written, then: Written) -> Row | None:
         return self._one_of_both(_THEN, first, then)
 
-    def write_sums(self) -> None:
+    def _write_sums(self) -> None:
         """As everywhere, a few rows in one statement."""
         while self._sums:
             some = [self._sums.pop(key) for key in list(self._sums)[:SUMS_AT_ONCE]]

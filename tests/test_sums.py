@@ -96,6 +96,49 @@ def test_a_sum_that_breaks_a_constraint_is_its_operation_s_alone(
     assert database.read(audit.verify).problems == []
 
 
+def test_a_sum_that_breaks_a_constraint_is_no_fault_of_who_has_it_written(
+    database: Database, writer: GroupCommitter, clock: Clock
+) -> None:
+    """A charge above its hold has the sums written before its group ends, and with them what others added."""
+    customer = Customer.new(database, clock)
+    call = customer.admit(held_micros=2)
+    row = {"of_account_id": customer.account_id, "of_day": 1, "of_model": "m", "of_key_id": customer.key_id}
+    less = {"more_calls": -1, "more_charged_micros": 0, "more_fal_cost_nano_usd": 0}
+    errors = together(
+        writer,
+        lambda tx: tx.add_up(calls._ROLLED["usage_daily"], of=row, more=less),
+        lambda tx: calls.finish(tx, call, settled(5), now_ms=clock.now_ms),
+    )
+    assert [error is None for error in errors] == [False, True]
+    assert uses(database) == [(1, 5)]
+    assert database.read(audit.verify).problems == []
+
+
+def test_who_was_written_is_not_told_of_another_s_failure(
+    database: Database, writer: GroupCommitter, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a group is written one by one, and a bug ends it in the middle."""
+    customer = Customer.new(database, clock)
+    call = customer.admit()
+    check, looks = writer._place.check, iter((False, False, True))
+
+    def looked() -> None:
+        check()
+        if next(looks, False):
+            raise ValueError("a bug")
+
+    monkeypatch.setattr(writer._place, "check", looked)
+    row = {"of_account_id": customer.account_id, "of_day": 1, "of_model": "m", "of_key_id": customer.key_id}
+    less = {"more_calls": -1, "more_charged_micros": 0, "more_fal_cost_nano_usd": 0}
+    errors = together(
+        writer,
+        lambda tx: calls.finish(tx, call, settled(5), now_ms=clock.now_ms),
+        lambda tx: tx.add_up(calls._ROLLED["usage_daily"], of=row, more=less),
+    )
+    assert [type(error) for error in errors] == [NoneType, ValueError]
+    assert uses(database) == [(1, 5)]
+
+
 def test_no_transaction_ends_before_its_sums_are_written(database: Database) -> None:
     with closing(database.session(patience_s=5)) as session:
         session.begin()
