@@ -4,6 +4,8 @@ BIN = .venv/bin
 WORKERS ?= $(shell expr $$(nproc) + 1)  # tests wait for other processes about a third of their time
 MONEY = money estimates pricing metering ledger  # every line and branch of these is tested
 
+unexport PYTHONDONTWRITEBYTECODE  # set in many containers; here each process would compile all that it imports anew
+
 .PHONY: run test check bench clean
 .DEFAULT_GOAL := run
 

@@ -257,27 +257,33 @@ def settle(
     call.times.answered = monotonic()
     rt.gate.end(call.turn)
 
-    def finish(tx: Tx, by: Verdict = verdict) -> Outcome:
+    def finish(tx: Tx, by: Verdict) -> Outcome:
         balance = calls.finish(tx, call.open, by, now_ms=now, http_status=http_status, fal_request_id=fal_request_id)
         return Outcome(by.charge_micros, balance)
 
+    def end(patience_s: float) -> tuple[Outcome, Verdict]:
+        try:
+            return rt.write(lambda tx: finish(tx, verdict), patience_s=patience_s), verdict
+        except (calls.CallEnded, DatabaseUnavailable):
+            raise
+        except AbhiError as error:  # the ledger refuses such a charge: the operator is asked
+            log.error("the charge of %s was refused by the ledger: %s", call_text(call.open.call_id), error.message)
+        unknown = Verdict("unknown", units=verdict.units, reason="charge_refused")
+        return rt.write(lambda tx: finish(tx, unknown), patience_s=patience_s), unknown
+
     try:
-        outcome = rt.write(finish, patience_s=SETTLE_PATIENCE_S)
+        outcome, verdict = end(SETTLE_PATIENCE_S)
     except calls.CallEnded:
         outcome = Outcome(*rt.reader.read(lambda tx: calls.ended_as(tx, call.open.call_id)))
         log.error("%s was ended by somebody else before its answer was settled", call_text(call.open.call_id))
     except DatabaseUnavailable as error:
         rt.metrics.parked.inc()
-        rt.settle_later(finish, call.open.call_id)
+        rt.settle_later(end, call.open.call_id)
         log.error("the charge of %s could not be written yet: %s", call_text(call.open.call_id), error.message)
         raise ChargeNotRecorded(
             "fal answered, and the charge could not be written down, so the answer is withheld. "
             "It is settled as soon as the database takes writes again"
         ) from error
-    except AbhiError as error:  # the ledger refuses such a charge: the operator is asked
-        unknown = Verdict("unknown", units=verdict.units, reason="charge_refused")
-        outcome = rt.write(lambda tx: finish(tx, unknown), patience_s=SETTLE_PATIENCE_S)
-        log.error("the charge of %s was refused by the ledger: %s", call_text(call.open.call_id), error.message)
     except BaseException:  # a bug: whatever the row says, the sweep may end it in time
         rt.working_on.discard(call.open.call_id)
         raise

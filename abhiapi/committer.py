@@ -2,8 +2,9 @@
 
 Greenlets hand over an operation and wait. A writer greenlet runs what has gathered and commits it; on SQLite in a
 native thread with ``synchronous=FULL``, on PostgreSQL by waiting for the network. An operation that fails takes no
-neighbour with it: if it had written anything, the group is undone and run again without it. A greenlet learns the
-outcome only after the commit: whoever was told of a write still has it after a power cut. Another process's turn is
+neighbour with it: if it had written anything, the group is undone and run again without it. A group that meets trouble
+is tried again half as large, so that a slow server gets through it in the end. A greenlet learns the outcome only after
+the commit: whoever was told of a write still has it after a power cut. Another process's turn is
 waited for without blocking. Where the connection is lost during a commit, what came of it is found out first: nobody
 is told of a failure that may have been none, and nothing is written twice.
 """
@@ -101,14 +102,20 @@ class GroupCommitter:
             self._wake.clear()
             pending: deque[_Ticket] = deque()
             pause_s = RETRY_FIRST_S
+            most = GROUP_MAX
             while pending or self._waiting:
                 pending.extend(self._waiting)
                 self._waiting.clear()
-                group = [pending.popleft() for _ in range(min(len(pending), GROUP_MAX))]
+                group = [pending.popleft() for _ in range(min(len(pending), most))]
                 try:
                     self._commit(group)
                 except DatabaseUnavailable as error:
-                    pending.extendleft(reversed(group))
+                    if len(group) == 1 and not isinstance(error, Busy):
+                        pending.extend(group)  # it may be the trouble itself: the others come first
+                    else:
+                        pending.extendleft(reversed(group))
+                    if not isinstance(error, Busy):
+                        most = max(1, len(group) // 2)
                     pending = self._without_expired(pending, error)
                     gevent.sleep(pause_s)
                     pause_s = min(pause_s * 2, RETRY_MAX_S)
@@ -122,6 +129,7 @@ class GroupCommitter:
                 else:
                     self._on_group(len(group))
                     pause_s = RETRY_FIRST_S
+                    most = min(most * 2, GROUP_MAX)
                     if len(group) > 1:
                         gevent.sleep(0)  # those who were just told may have more to write: larger groups, fewer commits
 
@@ -214,7 +222,7 @@ class GroupCommitter:
         self._place.check()
         if self._session is None:
             patience_s = TURN_S if self._database.waits_cooperatively else 0
-            self._session = self._aside(lambda: self._database.session(patience_s=patience_s))
+            self._session = self._aside(lambda: self._database.session(patience_s=patience_s, answer_s=ANSWER_S))
         return self._session
 
     def _disconnect(self) -> None:

@@ -225,8 +225,11 @@ class Database(ABC):
     waits_cooperatively: bool  # whether other greenlets go on while this one waits for it
 
     @abstractmethod
-    def session(self, *, patience_s: float) -> Session:
-        """A connection to write with, whose `begin` waits at most so long for its turn."""
+    def session(self, *, patience_s: float, answer_s: float | None = None) -> Session:
+        """A connection to write with, whose `begin` waits at most so long for its turn.
+
+        ``answer_s``: when a server gives up a statement of it, whose writer has given up by then.
+        """
 
     @abstractmethod
     def reads(self) -> Reads: ...
@@ -257,6 +260,10 @@ class Database(ABC):
     @abstractmethod
     def dead(self, pids: Mapping[int, int]) -> set[int]:
         """Which of these processes (number: pid) are dead, as far as can be told by now."""
+
+    @abstractmethod
+    def living(self, pids: Mapping[int, int]) -> set[int]:
+        """Which of these processes (number: pid) show just now that they live."""
 
     @abstractmethod
     def is_dead(self, process_id: int, pid: int) -> bool:

@@ -36,7 +36,8 @@ from abhiapi.errors import DatabaseUnavailable, SchemaError
 from abhiapi.liveness import ProcessLock
 
 T = TypeVar("T")
-CONNECT_S = 5
+CONNECT_S = 5  # for one address of the server
+REACH_S = 15  # for its name and all its addresses
 READERS_MAX = 8
 SNAPSHOTS_MAX = 5  # of those at most so many for longer reads: no report keeps a call waiting
 LOOK_PATIENCE_S = 3  # a look-up waits this long for a free connection
@@ -81,11 +82,12 @@ _BUSY = {"55P03", "57014", "40001", "40P01"}
 
 
 class PostgresSession(Session):
-    def __init__(self, database: PostgresDatabase, patience_s: float) -> None:
-        patience_ms = max(1, int(patience_s * 1000))  # 0 would be for ever
+    def __init__(self, database: PostgresDatabase, patience_s: float, answer_s: float | None = None) -> None:
+        # Without a limit of its own the server would go on with a statement that nobody waits for, and keep the turn.
+        limits = {} if answer_s is None else {"statement_timeout": _milliseconds(answer_s)}
         self._database = database
         self.patience_s = patience_s
-        self._connection = database.connect(lock_timeout=f"{patience_ms}ms")
+        self._connection = database.connect(in_full=False, lock_timeout=_milliseconds(patience_s), **limits)
         self.tx: PostgresTx = PostgresTx(self._connection, database.statements)
         self._both = psycopg.ClientCursor(self._connection)  # which may send two statements with values at once
         self._writer = secrets.randbits(62)
@@ -180,17 +182,19 @@ class PostgresDatabase(Database):
         server said, which is for operators only."""
         given = self._parameters["options"] + "".join(f" -c {name}={value}" for name, value in options.items())
         try:
-            connection = Connection.connect(
-                **self._parameters | {"options": given}, autocommit=True, prepare_threshold=0, context=AdapterContext()
-            )
+            with _at_most(REACH_S):  # psycopg has its name looked up by a thread, and knows no limit for that
+                connection = Connection.connect(
+                    **self._parameters | {"options": given}, autocommit=True, prepare_threshold=0,
+                    context=AdapterContext(),
+                )  # fmt: skip
         except psycopg.Error as error:
             said = f"{self.name}: {' '.join(str(error).split())}" if in_full else "it cannot be reached"
             raise DatabaseUnavailable(f"the database cannot be used: {said}", retry_after_s=5) from error
         connection.prepared_max = 1000
         return connection
 
-    def session(self, *, patience_s: float) -> PostgresSession:
-        return PostgresSession(self, patience_s)
+    def session(self, *, patience_s: float, answer_s: float | None = None) -> PostgresSession:
+        return PostgresSession(self, patience_s, answer_s)
 
     def reads(self) -> PostgresReads:
         return PostgresReads(self)
@@ -323,6 +327,9 @@ class PostgresDatabase(Database):
         }
         return {process_id for process_id in self._free_since if self.is_dead(process_id, 0)}
 
+    def living(self, pids: Mapping[int, int]) -> set[int]:
+        return self.pooled(lambda _, connection: _living(connection)) & pids.keys()
+
     def is_dead(self, process_id: int, pid: int) -> bool:
         free_since = self._free_since.get(process_id)
         return free_since is not None and monotonic() - free_since >= FREE_FOR_S
@@ -403,7 +410,11 @@ class ServerLock(ProcessLock):
             self._connection = None
 
 
-def _at_most(wait_s: int) -> gevent.Timeout:
+def _milliseconds(seconds: float) -> str:
+    return f"{max(1, int(seconds * 1000))}ms"  # 0 would be for ever
+
+
+def _at_most(wait_s: float) -> gevent.Timeout:
     return gevent.Timeout(wait_s, DatabaseUnavailable("the database does not answer", retry_after_s=5))
 
 

@@ -19,7 +19,7 @@ from sqlalchemy.sql import Executable
 
 from abhiapi.db_base import CLI_PATIENCE_S, HAS_NUL, Busy, Database, Place, Reads, Row, Session, Tx, Written, marked
 from abhiapi.errors import BadRequest, DatabaseUnavailable, SchemaError
-from abhiapi.liveness import FileLock, reap
+from abhiapi.liveness import FileLock, is_alive, reap
 
 T = TypeVar("T")
 
@@ -248,7 +248,7 @@ class SqliteDatabase(Database):
     def tx(self, connection: sqlite3.Connection) -> Tx:
         return SqliteTx(connection, self._dialect, self._compiled)
 
-    def session(self, *, patience_s: float) -> SqliteSession:
+    def session(self, *, patience_s: float, answer_s: float | None = None) -> SqliteSession:
         return SqliteSession(self, patience_s)
 
     def reads(self) -> SqliteReads:
@@ -280,6 +280,9 @@ class SqliteDatabase(Database):
 
     def dead(self, pids: Mapping[int, int]) -> set[int]:
         return {process_id for process_id, pid in pids.items() if reap(self.path, process_id, pid)}
+
+    def living(self, pids: Mapping[int, int]) -> set[int]:
+        return {process_id for process_id, pid in pids.items() if is_alive(self.path, process_id, pid)}
 
     def is_dead(self, process_id: int, pid: int) -> bool:
         return reap(self.path, process_id, pid)

@@ -38,7 +38,7 @@ _FIND = (
     .join(tables.processes, _c.process_id == _r.process_id)
     .where(*_OF_KEY)
 )  # fmt: skip
-_TAKEN_BY = select(_k.call_id).where(*_OF_KEY)
+_TAKEN_BY = select(_k.call_id, _k.status).where(*_OF_KEY)
 _TAKE = insert(tables.idempotency_keys).values(
     {name: bindparam(name) for name in ("account_id", "digest", "request_digest", "call_id", "created_at")}
 )
@@ -59,17 +59,21 @@ _EXPIRED = (
 
 
 class KeyTaken(Exception):
-    """Another request was faster with the same key: nothing was written, and its answer is to be waited for."""
+    """Another request was faster with the same key: nothing was written, and its answer is there or waited for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A key that a call is to be written down under. ``replaces``: the call it stood for, seen to have freed it."""
+    """A key that a call is to be written down under.
+
+    ``replaces``: the call it stood for, seen to have freed it; ``was_answered``: with an answer that has had its day.
+    """
 
     account_id: int
     digest: bytes
     request_digest: bytes
     replaces: int | None
+    was_answered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +120,10 @@ def find(tx: Tx, account_id: int, digest: bytes) -> Found | None:
 
 
 def check_free(tx: Tx, claim: Claim) -> None:
-    """Raises `KeyTaken` where the key stands for another call than the one that it may be taken from."""
+    """Raises `KeyTaken` where the key stands for another call than the one that it may be taken from, or that one's
+    answer has been kept since it was looked at."""
     row = tx.one(_TAKEN_BY, account=claim.account_id, key_digest=claim.digest)
-    if row is not None and row[0] != claim.replaces:
+    if row is not None and (row[0] != claim.replaces or (row[1] is not None and not claim.was_answered)):
         raise KeyTaken
 
 

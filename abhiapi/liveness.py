@@ -84,6 +84,24 @@ def reap(database_path: Path, process_id: int, pid: int) -> bool:
     return True
 
 
+def is_alive(database_path: Path, process_id: int, pid: int) -> bool:
+    """Whether a process lives, as `reap` tells it, with everything left as it is."""
+    path = lock_path(database_path, process_id)
+    return is_locked(path) or (not path.exists() and _has_process(pid))
+
+
+def is_locked(path: Path) -> bool:
+    """Whether there is such a file, and a process has locked it."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def _has_process(pid: int) -> bool:
     try:
         os.kill(pid, 0)

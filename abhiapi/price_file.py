@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from abhiapi.errors import BadAmount, PriceFileError
 from abhiapi.estimates import KINDS, Estimate, Rate
 from abhiapi.money import Micros, parse_amount
-from abhiapi.price_terms import MODEL_ID, PriceRule, parse_price, shown
+from abhiapi.price_terms import MODEL_ID, UNIT_LENGTH_MAX, PriceRule, parse_price, shown
 
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _TOML_NAMES: Mapping[type, str] = {str: "text", list: "list", dict: "table"}
@@ -112,6 +112,8 @@ def _parse_rules(row: _Table) -> list[PriceRule]:
         if not (isinstance(model, str) and MODEL_ID.fullmatch(model)):
             row.problem(f"{shown(str(model))!r} is no model id")
     unit, source, seen = row.text("unit"), row.text("source"), row.text("seen")
+    if len(unit) > UNIT_LENGTH_MAX:
+        row.problem(f"unit has more than {UNIT_LENGTH_MAX} characters")
     try:
         date.fromisoformat(seen)
     except ValueError:

@@ -13,14 +13,22 @@ from decimal import Decimal
 
 from abhiapi.errors import BadPriceAnswer
 from abhiapi.estimates import decimal_text
-from abhiapi.price_terms import MODEL_ID, UNIT_PRICE_MAX, FalPrice, PriceRule, Standing, shown
+from abhiapi.price_terms import (
+    MODEL_ID,
+    MODEL_LENGTH_MAX,
+    UNIT_LENGTH_MAX,
+    UNIT_PRICE_MAX,
+    FalPrice,
+    PriceRule,
+    Standing,
+    shown,
+)
 
 TIMES_MAX = 100  # a price that rose to more than so many times the old one, or fell below a hundredth, needs a word
 # fal's pages and API show such a price per second of a GPU for models that are really sold by the second of video or
 # by the picture (fal-protocol 8.3). The least price per compute second that is known to be charged is 0.0008.
 PLACEHOLDER_BELOW = Decimal("0.0005")
 FRACTION_DIGITS_MAX = 20
-UNIT_LENGTH_MAX = 60
 NO_MODEL = "its name is no model's"
 
 
@@ -105,9 +113,17 @@ def problem_of(quote: Quote) -> str | None:
     exponent = price.as_tuple().exponent
     if isinstance(exponent, int) and -exponent > FRACTION_DIGITS_MAX:
         return "its price has more digits than any price"
-    if not quote.unit.strip() or len(quote.unit) > UNIT_LENGTH_MAX or not quote.unit.isprintable():
+    if len(quote.unit) > UNIT_LENGTH_MAX:
+        return f"its unit has more than {UNIT_LENGTH_MAX} characters"
+    if not quote.unit.strip() or not quote.unit.isprintable():
         return "its unit is no name"
-    return None if MODEL_ID.fullmatch(quote.model) else NO_MODEL
+    return _name_problem(quote.model)
+
+
+def _name_problem(model: str) -> str | None:
+    if len(model) > MODEL_LENGTH_MAX:
+        return f"its name has more than {MODEL_LENGTH_MAX} characters"
+    return None if MODEL_ID.fullmatch(model) else NO_MODEL
 
 
 def is_placeholder(unit: str, unit_price_usd: Decimal) -> bool:
@@ -129,8 +145,9 @@ def _judge(
     source: str,
     force: bool,
 ) -> None:
-    if not MODEL_ID.fullmatch(model):  # no call can name it, so that no row is needed to say that it has no price
-        made.refused.append(Change(model, None, None, None, NO_MODEL))
+    bad_name = _name_problem(model)
+    if bad_name is not None:  # no call can name it, so that no row is needed to say that it has no price
+        made.refused.append(Change(shown(model), None, None, None, bad_name))
         return
     usable = None if old is None else old.usable_usd
     problem = None if quote is None else problem_of(quote)

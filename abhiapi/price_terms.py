@@ -18,8 +18,10 @@ UNIT_PRICE_MAX = Decimal(100_000)
 _NOTHING = Micros(0)
 
 _PRICE = re.compile(r"[0-9]{1,6}(\.[0-9]{1,12})?")
-MODEL_ID = re.compile(r"[\w.-]+(/[\w.-]+)+", re.ASCII)
-PATTERN = re.compile(r"([\w.-]+/)*\*", re.ASCII)
+# Names are stored with every roll-up of theirs; fal's longest model ids have some 90 characters.
+MODEL_LENGTH_MAX, UNIT_LENGTH_MAX = 200, 60
+MODEL_ID = re.compile(rf"(?=.{{1,{MODEL_LENGTH_MAX}}}\Z)[\w.-]+(/[\w.-]+)+", re.ASCII)
+PATTERN = re.compile(rf"(?=.{{1,{MODEL_LENGTH_MAX}}}\Z)([\w.-]+/)*\*", re.ASCII)
 
 # priced: a price to sell by; placeholder: a number that is no price; unpriced: fal lists the model and names no usable
 # price; gone: fal does not list the model any more, the price is the last there was.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from sqlalchemy import bindparam, insert, select, update
 
 from abhiapi import tables, timers
@@ -15,7 +17,14 @@ _END = (
     .where(_p.process_id == bindparam("process"), _p.ended_at.is_(None))
     .values(ended_at=bindparam("now"))
 )
-_RUNNING = select(_p.process_id, _p.pid).where(_p.ended_at.is_(None))
+_RUNNING = select(_p.process_id, _p.pid, _p.started_at).where(_p.ended_at.is_(None))
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    process_id: int
+    pid: int
+    started_at: int
 
 
 def start(tx: Tx, *, pid: int, now_ms: int) -> int:
@@ -34,6 +43,6 @@ def end(tx: Tx, process_id: int, *, now_ms: int) -> None:
     tx.run(_END, process=process_id, now=now_ms)
 
 
-def running(tx: Tx) -> list[tuple[int, int]]:
-    """Processes that were not seen to end, as (number, pid): they live, or were killed."""
-    return [(row[0], row[1]) for row in tx.all(_RUNNING)]
+def running(tx: Tx) -> list[Process]:
+    """Processes that were not seen to end: they live, or were killed."""
+    return [Process(*row) for row in tx.all(_RUNNING)]

@@ -162,7 +162,7 @@ def _remember(rt: Runtime, call: Call, request_id: str, http_status: int) -> Mic
     try:
         balance = rt.write(remember, patience_s=settlement.SETTLE_PATIENCE_S)
     except DatabaseUnavailable as error:
-        rt.settle_later(remember, call.open.call_id)
+        rt.settle_later(lambda patience_s: rt.write(remember, patience_s=patience_s), call.open.call_id)
         # Should this process die before the database takes it, the operator finds the job by this line alone.
         log.error("%s is fal's job %s, which could not be written yet", call_text(call.open.call_id), request_id)
         raise ChargeNotRecorded(

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import gevent
 from gevent.pool import Pool
 
-from abhiapi import jobs, settlement, turns, vitals
-from abhiapi.errors import AbhiError
+from abhiapi import jobs, processes, settlement, turns, vitals
+from abhiapi.errors import AbhiError, DatabaseUnavailable
 from abhiapi.ids import call_text
 from abhiapi.jobs import Job
 from abhiapi.runtime import Runtime
@@ -25,7 +25,10 @@ log = logging.getLogger("abhiapi")
 # 5,000 jobs, and 250 need 3. They are fewer than the connections to fal that are kept.
 AT_ONCE = 250
 PAGE = 500
-TURN_PER_MILLE = 800  # of the interval: who had the last turn wakes a little early at times, and must not miss the next
+TURN_PER_MILLE = 800  # of the interval: another process's turn. Who had the last one is given the first chance
+LEASE_MIN_MS = 2_000
+PAUSE_MS = 500  # between rounds that take as long as the interval
+LOOK_MS = 10_000  # and between looks whether it is this process's turn: who has it may be dead
 
 
 @dataclass(slots=True)
@@ -46,8 +49,34 @@ class Round:
 
 def run_in_turn(rt: Runtime) -> Round | None:
     """A round, if one is due and no other process is at it. Raises `DatabaseUnavailable`."""
-    interval_ms = rt.settings.reconcile_interval_s * TURN_PER_MILLE
-    return turns.take(rt, vitals.ROUND, lambda: run_once(rt), interval_ms=interval_ms)
+    interval_ms = rt.settings.reconcile_interval_s * 1000
+    lease_ms = max(LEASE_MIN_MS, min(turns.LEASE_MS, interval_ms))
+    return turns.take(
+        rt,
+        vitals.ROUND,
+        lambda: run_once(rt),
+        interval_ms=interval_ms * TURN_PER_MILLE // 1000,
+        lease_ms=lease_ms,
+        skew_ms=lease_ms,  # machines whose clocks are further apart look twice, which harms nothing
+    )
+
+
+def pause_ms(rt: Runtime, done: Round | None, took_ms: int) -> int:
+    """How long to wait after a round, or after None.
+
+    A process that could look at nothing gives way where there are others, whose way to fal may be better.
+    """
+    interval_ms = rt.settings.reconcile_interval_s * 1000
+    if done is not None and done.failed and not done.looked_at and _has_others(rt):
+        return interval_ms
+    return max(PAUSE_MS, (interval_ms if done is not None else min(interval_ms, LOOK_MS)) - took_ms)
+
+
+def _has_others(rt: Runtime) -> bool:
+    try:
+        return len(rt.reader.read(processes.running)) > 1
+    except DatabaseUnavailable:
+        return False
 
 
 def run_once(rt: Runtime, done: Round | None = None) -> Round:
@@ -61,6 +90,8 @@ def run_once(rt: Runtime, done: Round | None = None) -> Round:
     def look(job: Job) -> None:
         try:
             outcome = settlement.look(rt, job)
+            if outcome is not None:
+                _count_end(rt, job, done)
         except AbhiError as error:  # fal's or the database's trouble: the next round tries again
             done.failed += 1
             log.info("%s will be looked at again: %s", call_text(job.call.call_id), error.message)
@@ -70,8 +101,6 @@ def run_once(rt: Runtime, done: Round | None = None) -> Round:
             log.exception("%s could not be looked at", call_text(job.call.call_id))
             return
         done.looked_at += 1
-        if outcome is not None:
-            _count_end(rt, job, done)
 
     after = 0
     while page := rt.reader.read(lambda tx, since=after: jobs.sent_after(tx, since, most=PAGE)):  # type: ignore[misc]

@@ -82,12 +82,15 @@ def _served_once(
 ) -> Reply:
     """The first answer under the key, or this one where there is none. Raises what is answered in its place."""
     patience = _Patience(rt, request)
+    ended_id: int | None = None  # a call that was seen to have ended without an answer
     while True:
         found = rt.reader.read(lambda tx: idempotency.find(tx, asked.account_id, asked.key_digest))
         is_running = found is not None and patience.may_be_answered(found)
+        if found is not None and found.answer is None and not is_running and found.call_id != ended_id:
+            ended_id = found.call_id
+            continue  # on PostgreSQL its answer may have been kept while the look was on its way
         if found is None or (not is_running and found.is_free(rt.now_ms())):
-            replaces = None if found is None else found.call_id
-            claim = idempotency.Claim(asked.account_id, asked.key_digest, asked.request_digest, replaces)
+            claim = _claim(asked, found)
             try:
                 return _first(rt, caller, call_id, replace(request, claim=claim), dialect, serve, claim)
             except idempotency.KeyTaken:
@@ -107,6 +110,17 @@ def _served_once(
             reply = admission.refusal(rt, _nothing_kept(found, request.base_url), dialect)
             reply.call_id = found.call_id
             return reply
+
+
+def _claim(asked: _Asked, found: idempotency.Found | None) -> idempotency.Claim:
+    """The key for this request's call, where nobody has it or ``found`` has freed it."""
+    return idempotency.Claim(
+        asked.account_id,
+        asked.key_digest,
+        asked.request_digest,
+        replaces=None if found is None else found.call_id,
+        was_answered=found is not None and found.answer is not None,
+    )
 
 
 def _first(

@@ -96,12 +96,15 @@ class Runtime:
             self.metrics.database_errors["busy" if isinstance(error, Busy) else "unavailable"].inc()
             raise
 
-    def settle_later(self, op: Callable[[Tx], object], call_id: int) -> None:
-        """Go on trying to write the end of a call whose answer was withheld. Its hold stands until then."""
+    def settle_later(self, end: Callable[[float], object], call_id: int) -> None:
+        """Go on trying to write the end of a call whose answer was withheld. Its hold stands until then.
+
+        ``end`` writes it, with so many seconds of patience.
+        """
 
         def settle() -> None:
             try:
-                self.write(op, patience_s=SETTLE_LATER_S)
+                end(SETTLE_LATER_S)
                 self.parked -= 1
             except Exception:  # the last to hear of it: without this line the charge would vanish in silence
                 log.exception("the parked charge of %s was not written", call_text(call_id))

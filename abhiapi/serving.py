@@ -77,6 +77,11 @@ def check_port_free(host: str, port: int) -> None:
             raise Refused(f"cannot listen on {host}:{port}: {error.strerror}. Choose another with --bind") from error
 
 
+def gunicorn_arguments(bind: str, workers: int = 1) -> list[str]:
+    """What gunicorn is told, to serve as `serve` does."""
+    return ["-c", "python:abhiapi.gunicorn_config", "-b", bind, "-w", str(workers), "abhiapi.wsgi:app"]
+
+
 def make_importable() -> None:
     """Let the processes that are started from here import this package, also from a checkout in another folder."""
     root = str(Path(__file__).resolve().parent.parent)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
@@ -18,11 +17,11 @@ from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
 
 from abhiapi import redis_url
-from abhiapi.errors import BadAmount, SettingsError
-from abhiapi.money import Micros, parse_amount
+from abhiapi import setting_forms as form
+from abhiapi.errors import SettingsError
+from abhiapi.money import Micros
 
 SLOW_CALLER_S = 600  # how much longer than fal a caller may take to read a large answer before it is cut off
 STALL_S = 60  # a caller that neither sends nor takes anything for this long has hung up
@@ -48,142 +47,8 @@ def _setting(
     return field(repr=not (secret or hidden), metadata={"variable": variable, "parse": parse, "secret": secret})
 
 
-def _text(value: str) -> str:
-    if not value.isascii() or not value.isprintable():
-        raise ValueError("must be plain printable ASCII")
-    return value
-
-
-def _credential(value: str) -> str | None:
-    value = value.strip()
-    if not value:
-        return None
-    if not re.fullmatch(r"[\x21-\x7e]+", value):
-        raise ValueError("must be printable ASCII without spaces (the value is not shown here)")
-    return value
-
-
-def _whole(least: int, most: int) -> Callable[[str], int]:
-    def parse(value: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,15}", value) or not least <= int(value) <= most:
-            raise ValueError(f"must be a whole number from {least} to {most}")
-        return int(value)
-
-    return parse
-
-
-def _one_of(*words: str) -> Callable[[str], str]:
-    def parse(value: str) -> str:
-        if value not in words:
-            raise ValueError(f"must be one of: {', '.join(words)}")
-        return value
-
-    return parse
-
-
-def _flag(value: str) -> bool:
-    if value not in ("0", "1"):
-        raise ValueError("must be 0 or 1")
-    return value == "1"
-
-
-def _webhook_key(value: str) -> bytes | None:
-    return webhook_secret(value) if value else None
-
-
-def webhook_secret(text: str) -> bytes:
-    """32 bytes in base64. Raises ValueError, which does not show them."""
-    try:
-        secret = base64.b64decode(text.strip(), validate=True)
-    except ValueError:
-        secret = b""
-    if len(secret) != 32:
-        raise ValueError("must be 32 random bytes in base64, as `openssl rand -base64 32` prints")
-    return secret
-
-
-def _secret_key(value: str) -> str | None:
-    secret = _credential(value)
-    if secret is not None and len(secret) < 32:
-        raise ValueError("must have at least 32 characters (the value is not shown here)")
-    return secret
-
-
-def _interval(value: str) -> int:
-    return 0 if value == "0" else _whole(60, 30 * 86_400)(value)
-
-
-def _margin(value: str) -> Decimal:
-    if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,9})?", value):
-        raise ValueError("must be a plain decimal such as 0.05 (for 5 percent)")
-    return Decimal(value)
-
-
-def _credits(value: str) -> Micros:
-    try:
-        return parse_amount(value)
-    except BadAmount as error:
-        raise ValueError("must be a number of credits above 0 such as 100") from error
-
-
-def _base_url(value: str) -> str:
-    parts = urlsplit(value)
-    plain = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment)
-    if not plain or "@" in parts.netloc or not re.fullmatch(r"[\x21-\x7e]+", value):
-        raise ValueError("must be a URL such as https://fal.run")
-    try:
-        _ = parts.port
-    except ValueError as error:
-        raise ValueError("has a port that is no number from 0 to 65535") from error
-    return value.rstrip("/")
-
-
-def _optional_base_url(value: str) -> str | None:
-    return _base_url(value) if value else None
-
-
-def _origins(value: str) -> frozenset[str]:
-    """Origins as browsers write them, which is how they are compared; ``*`` alone for all."""
-    origins = frozenset(part.strip() for part in value.split(",") if part.strip())
-    if origins == {"*"}:
-        return origins
-    for origin in origins:
-        match = re.fullmatch(r"(https?)://(?:[a-z0-9._-]{1,253}|\[[0-9a-f:.]{2,45}\])(?::([1-9][0-9]{0,4}))?", origin)
-        if match is None:
-            raise ValueError("must be `*`, or origins such as https://app.example.com: lower case, no path, no slash")
-        if match[2] == {"http": "80", "https": "443"}[match[1]] or int(match[2] or 0) > 65_535:
-            raise ValueError("has a port that browsers leave out of an origin, or that is no port")
-    return origins
-
-
-def _webhook_url(value: str) -> str | None:
-    """Kept to the letter; not shown, since such URLs hold their own credentials."""
-    if not value:
-        return None
-    parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname or not re.fullmatch(r"[\x21-\x7e]+", value):
-        raise ValueError("must be a URL such as https://hooks.example.com/abhiapi (the value is not shown here)")
-    try:
-        _ = parts.port
-    except ValueError as error:
-        raise ValueError("has a port that is no number from 0 to 65535 (the value is not shown here)") from error
-    return value
-
-
-def database_url_of(value: str) -> str:
-    if not value:
-        return default_database_url()
-    try:
-        url = make_url(value)
-    except ArgumentError as error:
-        raise ValueError("is not a database URL such as sqlite:////var/lib/abhiapi/abhiapi.db") from error
-    if url.drivername == "postgres":  # as some hosts write it
-        url = url.set(drivername="postgresql")
-    if url.drivername in ("postgresql", "postgresql+psycopg") and url.database:
-        return url.render_as_string(hide_password=False)
-    if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):  # a ledger in memory is none
-        raise ValueError("must be a URL such as sqlite:////absolute/path.db or postgresql://user:password@host/name")
-    return value
+def _database_url(value: str) -> str:
+    return form.database_url(value) if value else default_database_url()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,14 +57,14 @@ class Settings:
         "FAL_KEY",
         "",
         "the operator's fal credential; without it `serve` starts only with `--sandbox`",
-        _credential,
+        form.credential,
         secret=True,
     )
     fal_admin_key: str | None = _setting(
         "FAL_ADMIN_KEY",
         "",
         "a credential of fal's with ADMIN scope, for its billing events (`abhiapi reconcile`); unset: `FAL_KEY`",
-        _credential,
+        form.credential,
         secret=True,
     )
     database_url: str = _setting(
@@ -207,7 +72,7 @@ class Settings:
         "",
         "where the ledger is: `sqlite:////absolute/path.db` or `postgresql://user:password@host/name`; unset: "
         "`abhiapi.db` in Flask's instance folder",
-        database_url_of,
+        _database_url,
         hidden=True,
     )
     limits_url: str = _setting(
@@ -222,114 +87,119 @@ class Settings:
         "ABHIAPI_PUBLIC_URL",
         "",
         "base of the URLs handed to customers; unset: taken from each request",
-        _optional_base_url,
+        form.optional_base_url,
     )
     margin: Decimal = _setting(
-        "ABHIAPI_MARGIN", "0.05", "added to fal's unit price where no price of one's own is set", _margin
+        "ABHIAPI_MARGIN", "0.05", "added to fal's unit price where no price of one's own is set", form.margin
     )
     default_hold_micros: Micros = _setting(
         "ABHIAPI_DEFAULT_HOLD",
         "100",
         "credits held for a call whose cost neither its input nor the calls before it tell",
-        _credits,
+        form.credits,
     )
     learn_holds: bool = _setting(
         "ABHIAPI_LEARN_HOLDS",
         "1",
         "whether holds follow what calls of the model really cost; `0`: its formula or the default alone",
-        _flag,
+        form.flag,
     )
     prices_sync_s: int = _setting(
         "ABHIAPI_PRICES_SYNC_S",
         "86400",
         "how often a server takes over fal's prices, seconds, at least 60; `0`: never",
-        _interval,
+        form.interval,
     )
     rate_per_minute: int = _setting(
-        "ABHIAPI_RATE_PER_MINUTE", "30", "calls in any minute, per key, free plan", _whole(1, 10**9)
+        "ABHIAPI_RATE_PER_MINUTE", "30", "calls in any minute, per key, free plan", form.whole(1, 10**9)
     )
-    concurrency: int = _setting("ABHIAPI_CONCURRENCY", "5", "calls at once, per key, free plan", _whole(1, 10**6))
+    concurrency: int = _setting("ABHIAPI_CONCURRENCY", "5", "calls at once, per key, free plan", form.whole(1, 10**6))
     pro_rate_per_minute: int = _setting(
-        "ABHIAPI_PRO_RATE_PER_MINUTE", "300", "calls in any minute, per key, pro plan", _whole(1, 10**9)
+        "ABHIAPI_PRO_RATE_PER_MINUTE", "300", "calls in any minute, per key, pro plan", form.whole(1, 10**9)
     )
     pro_concurrency: int = _setting(
-        "ABHIAPI_PRO_CONCURRENCY", "40", "calls at once, per key, pro plan", _whole(1, 10**6)
+        "ABHIAPI_PRO_CONCURRENCY", "40", "calls at once, per key, pro plan", form.whole(1, 10**6)
     )
     upstream_timeout_s: int = _setting(
-        "ABHIAPI_UPSTREAM_TIMEOUT_S", "900", "longest wait for fal's answer to a sync call, seconds", _whole(1, 86_400)
+        "ABHIAPI_UPSTREAM_TIMEOUT_S",
+        "900",
+        "longest wait for fal's answer to a sync call, seconds",
+        form.whole(1, 86_400),
     )
     fal_concurrency: int = _setting(
         "ABHIAPI_FAL_CONCURRENCY",
         "0",
         "how many sync and stream calls run at fal at once, over all customers (fal allows its accounts 2 to 40); the "
         "rest waits in a fair queue; `0`: no limit here",
-        _whole(0, 100_000),
+        form.whole(0, 100_000),
     )
     fal_queue_s: int = _setting(
-        "ABHIAPI_FAL_QUEUE_S", "5", "how long a call may wait for its turn at fal, seconds", _whole(0, 600)
+        "ABHIAPI_FAL_QUEUE_S", "5", "how long a call may wait for its turn at fal, seconds", form.whole(0, 600)
     )
     max_body_bytes: int = _setting(
-        "ABHIAPI_MAX_BODY_BYTES", "104857600", "larger request bodies get 413", _whole(1, 2**40)
+        "ABHIAPI_MAX_BODY_BYTES", "104857600", "larger request bodies get 413", form.whole(1, 2**40)
     )
-    fal_run_url: str = _setting("ABHIAPI_FAL_RUN_URL", "https://fal.run", "where fal runs sync calls", _base_url)
-    fal_queue_url: str = _setting("ABHIAPI_FAL_QUEUE_URL", "https://queue.fal.run", "where fal's queue is", _base_url)
+    fal_run_url: str = _setting("ABHIAPI_FAL_RUN_URL", "https://fal.run", "where fal runs sync calls", form.base_url)
+    fal_queue_url: str = _setting(
+        "ABHIAPI_FAL_QUEUE_URL", "https://queue.fal.run", "where fal's queue is", form.base_url
+    )
     fal_rest_url: str = _setting(
-        "ABHIAPI_FAL_REST_URL", "https://rest.fal.ai", "where fal's upload service is", _base_url
+        "ABHIAPI_FAL_REST_URL", "https://rest.fal.ai", "where fal's upload service is", form.base_url
     )
     fal_api_url: str = _setting(
-        "ABHIAPI_FAL_API_URL", "https://api.fal.ai/v1", "where fal's platform API (prices, billing) is", _base_url
+        "ABHIAPI_FAL_API_URL", "https://api.fal.ai/v1", "where fal's platform API (prices, billing) is", form.base_url
     )
     reconcile_interval_s: int = _setting(
-        "ABHIAPI_RECONCILE_INTERVAL_S", "5", "how often open calls are looked at, seconds", _whole(1, 3600)
+        "ABHIAPI_RECONCILE_INTERVAL_S", "5", "how often open calls are looked at, seconds", form.whole(1, 3600)
     )
     trusted_proxies: int = _setting(
-        "ABHIAPI_TRUSTED_PROXIES", "0", "reverse proxies in front whose `X-Forwarded-*` are believed", _whole(0, 10)
+        "ABHIAPI_TRUSTED_PROXIES", "0", "reverse proxies in front whose `X-Forwarded-*` are believed", form.whole(0, 10)
     )
     cors_origins: frozenset[str] = _setting(
         "ABHIAPI_CORS_ORIGINS",
         "",
         "pages that may call from a browser: origins such as `https://app.example.com`, with commas between, or `*`; "
         "unset: none",
-        _origins,
+        form.origins,
     )
     webhook_key: bytes | None = _setting(
         "ABHIAPI_WEBHOOK_KEY",
         "",
         "the private key that signs customers' webhooks, 32 bytes in base64; unset: a file beside the "
         "database, made at the first start",
-        _webhook_key,
+        form.webhook_key,
         secret=True,
     )
     secret_key: str | None = _setting(
         "ABHIAPI_SECRET_KEY",
         "",
         "what signs the dashboard's sessions, at least 32 characters; unset: derived from the webhook key",
-        _secret_key,
+        form.secret_key,
         secret=True,
     )
     open_signup: bool = _setting(
         "ABHIAPI_OPEN_SIGNUP",
         "0",
         "`1`: anybody may make themselves an account, without credit, on the dashboard; `0`: by invitation only",
-        _flag,
+        form.flag,
     )
     webhook_allow_loopback: bool = _setting(
         "ABHIAPI_WEBHOOK_ALLOW_LOOPBACK",
         "0",
         "`1`: customers' webhooks may lead to this machine itself, for tests and development (`serve --sandbox`: on)",
-        _flag,
+        form.flag,
     )
     fal_user_id: str | None = _setting(
         "ABHIAPI_FAL_USER_ID",
         "",
         "the operator's user id at fal; if set, fal's webhooks must name it",
-        _credential,
+        form.credential,
     )
     metrics_token: str | None = _setting(
         "ABHIAPI_METRICS_TOKEN",
         "",
         "bearer token of `/metrics`; unset: loopback only, and nobody where a reverse proxy is in front",
-        _credential,
+        form.credential,
         secret=True,
     )
 
@@ -337,29 +207,32 @@ class Settings:
         "ABHIAPI_ALERT_WEBHOOK_URL",
         "",
         "where alerts are sent as JSON by POST; unset: the log and `/metrics` alone",
-        _webhook_url,
+        form.webhook_url,
         secret=True,
     )
     log_format: str = _setting(
         "ABHIAPI_LOG_FORMAT",
         "text",
         "how the log is written: `text`, or `json`, one object a line",
-        _one_of("text", "json"),
+        form.one_of("text", "json"),
     )
     log_level: str = _setting(
         "ABHIAPI_LOG_LEVEL",
         "info",
         "the least that is logged: `debug`, `info`, `warning` or `error`",
-        _one_of("debug", "info", "warning", "error"),
+        form.one_of("debug", "info", "warning", "error"),
     )
     log_calls: bool = _setting(
-        "ABHIAPI_LOG_CALLS", "1", "whether each call is a line in the log (at level `info`) when it has ended", _flag
+        "ABHIAPI_LOG_CALLS",
+        "1",
+        "whether each call is a line in the log (at level `info`) when it has ended",
+        form.flag,
     )
     otlp_endpoint: str | None = _setting(
         "ABHIAPI_OTLP_ENDPOINT",
         "",
         "where traces are sent by OTLP/HTTP, such as `http://127.0.0.1:4318` (needs `abhiapi[otel]`); unset: nowhere",
-        _optional_base_url,
+        form.optional_base_url,
     )
 
     @property
@@ -384,6 +257,11 @@ class Settings:
         return default_folder() / f"postgresql-{url.database}.{what}"
 
     @property
+    def drain_s(self) -> int:
+        """How long a server that was told to end has for what runs: longer than fal may take."""
+        return self.upstream_timeout_s + 60
+
+    @property
     def longest_call_s(self) -> int:
         """By when after its admission any call is over: fal's answer, a slow caller, and fal's rest after a hang-up."""
         return 2 * self.upstream_timeout_s + SLOW_CALLER_S + STALL_S + 60
@@ -402,7 +280,7 @@ class Settings:
                 text = _written(environ, variable) or variable.default
                 values[item.name] = item.metadata["parse"](text)
             except ValueError as error:
-                shown = f" (it is {_without_password(text)[:80]!r})" if not item.metadata["secret"] else ""
+                shown = f" (it is {form.without_password(text)[:80]!r})" if not item.metadata["secret"] else ""
                 problems.append(f"{variable.name} {error}{shown}")
         if problems:
             raise SettingsError(problems)
@@ -438,10 +316,6 @@ def environment() -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError([f"{dotenv} cannot be read: {error}"]) from error
     return {name: value for name, value in from_file.items() if value is not None} | dict(os.environ)
-
-
-def _without_password(url: str) -> str:
-    return re.sub(r"(password=)[^&]*", r"\1...", re.sub(r"//.*@", "//...@", url))
 
 
 def variables() -> list[Variable]:

@@ -204,15 +204,8 @@ def webhook(row: WebhookRow) -> Json:
 
 
 def alert(row: Alert) -> Json:
-    return {
-        "alert_id": row.alert_id,
-        "kind": row.kind,
-        "subject": row.subject,
-        "message": row.message,
-        "raised_at": ids.time_text(row.raised_at),
-        "cleared_at": ids.time_text(row.cleared_at),
-        "delivered_at": ids.time_text(row.delivered_at),
-    }
+    ended = {"cleared_at": ids.time_text(row.cleared_at), "delivered_at": ids.time_text(row.delivered_at)}
+    return alert_event(row) | ended
 
 
 def alert_event(row: Alert) -> Json:

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from abhiapi.errors import SettingsError
-from abhiapi.settings import webhook_secret
+from abhiapi.setting_forms import webhook_secret
 
 SECRET_BYTES = 32
 

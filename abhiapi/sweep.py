@@ -24,7 +24,8 @@ GRACE_MS = 30_000  # an answer may still be on its way to the ledger for this lo
 def run_once(runtime: Runtime) -> int:
     """End every hold that has nobody left to end it, or leave it to the operator; how many."""
     count = _sweep_overdue(runtime)
-    pids = dict(runtime.reader.read(processes.running)) | dict(runtime.reader.read(calls.holding_processes))
+    pids = {process.process_id: process.pid for process in runtime.reader.read(processes.running)}
+    pids |= dict(runtime.reader.read(calls.holding_processes))
     pids.pop(runtime.process_id, None)
     for process_id in sorted(runtime.database.dead(pids)):
         count += _sweep_process(runtime, process_id)

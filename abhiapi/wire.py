@@ -60,6 +60,7 @@ _CROSS_ORIGIN = ("access-control-",)
 # Digests of a body that we add to would no longer be true.
 DIGESTS = frozenset(("content-md5", "digest", "content-digest", "repr-digest", "etag"))
 
+KNOWN_PATH_MAX = 256  # longer than any model's; longer ones are not worth remembering
 CREDENTIAL_MIN = 16  # fal's own have some 69 characters
 
 _PLAIN_QUERY = re.compile(r"[\x21-\x7e]*")
@@ -83,12 +84,15 @@ def check_path(path: str) -> None:
     raise ForbiddenPath("the path is encoded many times over")
 
 
-@lru_cache(maxsize=4096)
 def endpoint_of(path: str) -> tuple[str, bool]:
     """The model that a raw run path names, and whether its stream is asked for. A model's price covers its /stream.
 
     Raises `ForbiddenPath`.
     """
+    return _known_endpoint(path) if len(path) <= KNOWN_PATH_MAX else _endpoint_of(path)
+
+
+def _endpoint_of(path: str) -> tuple[str, bool]:
     check_path(path)
     endpoint = path.strip("/")
     if not endpoint:
@@ -96,6 +100,9 @@ def endpoint_of(path: str) -> tuple[str, bool]:
     if endpoint.endswith("/stream"):
         return endpoint.removesuffix("/stream"), True
     return endpoint, False
+
+
+_known_endpoint = lru_cache(maxsize=4096)(_endpoint_of)
 
 
 def forwarded_query(query: str, *, without_webhook: bool = False) -> str:

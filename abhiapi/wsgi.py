@@ -19,7 +19,6 @@ from abhiapi.web import create_app
 PRICES_LOOK_S = 60  # how often a server looks whether fal's prices are due
 LOCK_LOOK_S = 3  # how often a server looks whether it is still seen to live
 SWEEP_MAX_S = 10  # between sweeps: what a dead process held is free within a minute
-ROUND_PAUSE_S = 0.5  # between rounds of the reconciler that take as long as the interval
 
 
 def sweep_for_ever(rt: runtime.Runtime) -> None:
@@ -52,14 +51,16 @@ def reconcile_for_ever(rt: runtime.Runtime) -> None:
     """Settle jobs that nobody asks about; beside the sweep, since a round takes as long as fal takes to answer."""
     while True:
         started = monotonic()
+        done = None
         try:
-            reconcile.run_in_turn(rt)
+            done = reconcile.run_in_turn(rt)
             monitoring.show_round(rt)
         except AbhiError as error:
             runtime.log.warning("open jobs will be looked at again: %s", error.message)
         except Exception:  # as above: without this line no job would ever be looked at again
             runtime.log.exception("the round over the open jobs failed and will be tried again")
-        gevent.sleep(max(ROUND_PAUSE_S, rt.settings.reconcile_interval_s - (monotonic() - started)))
+        took_ms = int((monotonic() - started) * 1000)
+        gevent.sleep(reconcile.pause_ms(rt, done, took_ms) / 1000)
 
 
 def sync_for_ever(rt: runtime.Runtime) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
@@ -20,6 +22,7 @@ from abhiapi import runtime
 from abhiapi.db import Database, database_at
 from abhiapi.migrations import migrate
 from abhiapi.settings import Settings
+from tests import plan
 from tests.browser import chromium
 from tests.harness import OPERATOR_KEY, ROOT, WEBHOOK_KEY, Books, Clock, Fal, Server
 from tests.postgres import Postgres, shared
@@ -27,6 +30,7 @@ from tests.redis_server import RedisServer
 from tests.scripted import House, ScriptedFal
 
 METRICS_TOKEN = "of-the-tests"
+IN_MEMORY, MEMORY_BYTES = Path("/dev/shm"), 3 << 30  # a run takes a tenth of that
 STRICT_BODY_BYTES = 300_000  # more than a body that is kept in memory
 # How long an example took says how busy the machine is, and nothing of the code.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -42,7 +46,25 @@ def _read_sources(number: int) -> None:
     """
 
 
-_read_sources()
+def pytest_configure() -> None:
+    """Databases of tests are made by the thousand, and no test cuts the power: in memory, where there is enough."""
+    if IN_MEMORY.is_dir() and os.access(IN_MEMORY, os.W_OK) and "TMPDIR" not in os.environ:
+        about = os.statvfs(IN_MEMORY)
+        if about.f_bavail * about.f_frsize >= MEMORY_BYTES and not about.f_flag & os.ST_NOEXEC:
+            tempfile.tempdir = os.environ["TMPDIR"] = str(IN_MEMORY)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes long begins first, on each process; coverage counts where `plan` says."""
+    items[:] = plan.dealt(items, lambda item: item.path.stem, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    if config.pluginmanager.hasplugin("_cov"):
+        for item in items:
+            if item.path.stem not in plan.MEASURED:
+                item.add_marker("no_cover")
+
+
+def pytest_collection_finish() -> None:
+    _read_sources()
 
 
 @pytest.fixture

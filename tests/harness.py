@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import requests
 
-from abhiapi import accounts, audit, keys, ledger, reports
+from abhiapi import accounts, audit, keys, ledger, reports, serving
 from abhiapi.db import Database, Tx, database_at
 from abhiapi.migrations import migrate
 from abhiapi.money import Micros
@@ -70,6 +70,7 @@ def free_port() -> int:
 def environment(**settings: str) -> dict[str, str]:
     """This process's environment without any setting of the product, and with these."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ABHIAPI_", "FAL_"))}
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)  # each server would compile all of the product anew
     return kept | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"} | settings
 
 
@@ -209,7 +210,10 @@ class Books:
 
 @dataclass
 class Server:
-    """The proxy under a real gunicorn, started by its own command line."""
+    """The proxy under a real gunicorn: what `serve` becomes once all is checked (of `serve` itself: test_serving).
+
+    Its checks would load half of the product, for the gunicorn that it becomes to load it again.
+    """
 
     process: Process
     url: str
@@ -230,10 +234,11 @@ class Server:
     def start(cls, folder: Path, fal_url: str, **settings: str) -> Server:
         """Start on a database in ``folder`` (kept if there is one) and wait until it answers.
 
-        ``PORT`` may be given, and ``CWD``, where its .env is; a setting that is empty is not there at all.
+        ``PORT`` may be given, ``WORKERS``, and ``CWD``, where its .env is; a setting that is empty is not there at all.
         """
         port = int(settings.pop("PORT", 0)) or free_port()
         cwd = Path(settings.pop("CWD", ROOT))
+        workers = int(settings.pop("WORKERS", "1"))
         url = settings.setdefault("ABHIAPI_DATABASE_URL", f"sqlite:///{folder / 'abhiapi.db'}")
         if url.startswith("postgresql"):
             settings.setdefault("ABHIAPI_WEBHOOK_KEY", WEBHOOK_KEY)
@@ -254,9 +259,8 @@ class Server:
         env = {name: value for name, value in env.items() if value or name not in settings}
         database = database_at(url)
         migrate(database)
-        process = Process.start(
-            [str(ROOT / "cli.py"), "serve", "--bind", f"127.0.0.1:{port}"], folder / "server.log", env, cwd=cwd
-        )
+        arguments = ["-m", "gunicorn", *serving.gunicorn_arguments(f"127.0.0.1:{port}", workers)]
+        process = Process.start(arguments, folder / "server.log", env, cwd=cwd)
         server = cls(process, f"http://127.0.0.1:{port}", Books(database), folder, env)
         until(lambda: _answers(server.url + "/healthz", process), what="the server answers", within_s=START_S)
         return server

@@ -13,7 +13,7 @@ from gevent.event import Event
 
 from abhiapi import admission, gateway, queue_gateway, runtime
 from abhiapi.settings import Settings
-from tests.harness import OPERATOR_KEY, Books, Clock
+from tests.harness import OPERATOR_KEY, WEBHOOK_KEY, Books, Clock
 from tests.scripted import FLUX, Body, House, ScriptedFal
 
 MEGAPIXEL = 26_250
@@ -22,10 +22,14 @@ JOB = b'{"request_id":"job-1","status":"IN_QUEUE"}'
 QUEUE = "/queue/fal-ai/flux/dev"
 
 
-def started(folder: Path, clock: Clock) -> tuple[runtime.Runtime, ScriptedFal]:
-    """A serving process on the database in ``folder``, with one fal for calls and jobs."""
-    url = f"sqlite:///{folder / 'abhiapi.db'}"
-    rt = runtime.start(Settings.from_env({"FAL_KEY": OPERATOR_KEY, "ABHIAPI_DATABASE_URL": url}), now_ms=clock)
+def started(folder: Path, clock: Clock, url: str | None = None) -> tuple[runtime.Runtime, ScriptedFal]:
+    """A serving process on the database in ``folder``, or at a URL, with one fal for calls and jobs."""
+    env = {
+        "FAL_KEY": OPERATOR_KEY,
+        "ABHIAPI_DATABASE_URL": url or f"sqlite:///{folder / 'abhiapi.db'}",
+        "ABHIAPI_WEBHOOK_KEY": WEBHOOK_KEY,
+    }
+    rt = runtime.start(Settings.from_env(env), now_ms=clock)
     rt.fal_run.close()
     rt.fal_queue.close()
     rt.fal_run = rt.fal_queue = fal = ScriptedFal()  # type: ignore[assignment]
@@ -33,9 +37,9 @@ def started(folder: Path, clock: Clock) -> tuple[runtime.Runtime, ScriptedFal]:
 
 
 @contextmanager
-def house_of(tmp_path: Path, clock: Clock) -> Iterator[House]:
+def house_of(tmp_path: Path, clock: Clock, url: str | None = None) -> Iterator[House]:
     """A customer of a serving process; afterwards nobody waits, and the books are right."""
-    rt, fal = started(tmp_path, clock)
+    rt, fal = started(tmp_path, clock, url)
     books = Books(rt.database, clock)
     account, key = books.account(1000, plan="pro")
     yield House(rt, fal, books, account, key)

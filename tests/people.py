@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from functools import cache
+from html import unescape
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import requests
 
-from abhiapi import accounts, keys, passwords, runtime, users
+from abhiapi import accounts, ids, keys, passwords, reports, runtime, users
 from abhiapi.db import Tx
 from abhiapi.settings import Settings
 from abhiapi.users import User
@@ -21,6 +23,7 @@ from abhiapi.web.pages.desk import Desk, Role
 from tests.harness import OPERATOR_KEY, Server
 
 PASSWORD = "correct horse battery"
+PROMPT = "a prompt that nobody may keep"
 SIGN_IN = "/dashboard/sign-in"
 _numbers = count(1)
 _TOKEN = re.compile(r'name="csrf_token" value="([^"]+)"')
@@ -153,3 +156,43 @@ def status_of_key(server: Server, key_id: str) -> str:
     key = server.books.read(lambda tx: keys.find(tx, key_id))
     assert key is not None
     return key.status
+
+
+@dataclass
+class Customer:
+    """An account, its key, and somebody who is signed in for it."""
+
+    server: Server
+    name: str
+    key: str
+    person: Person
+
+    @classmethod
+    def new(cls, server: Server, credits: int = 1000) -> Customer:
+        name, key = server.books.account(credits)
+        return cls(server, name, key, visiting(server, new_user(server, name)))
+
+    @property
+    def account_id(self) -> int:
+        found = self.server.books.read(lambda tx: accounts.find(tx, self.name))
+        assert found is not None
+        return found.account_id
+
+    def call(self, path: str = "/fal-ai/flux/dev", **more: Any) -> reports.CallRow:
+        """A call of theirs as the books have it afterwards."""
+        self.server.post(self.key, path, {"prompt": PROMPT, "image_size": "landscape_4_3"}, **more)
+        return self.server.books.calls(self.name)[0]
+
+    def page(self, path: str) -> str:
+        response = self.person.get(path)
+        assert response.status_code == 200, response.text
+        return response.text
+
+
+def text_of(page: str) -> str:
+    """What a reader sees, in one line."""
+    return " ".join(unescape(re.sub(r"<[^>]+>", " ", page)).split())
+
+
+def address_of(row: reports.CallRow) -> str:
+    return f"/dashboard/calls/{ids.call_text(row.call_id)}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pwd
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -20,14 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+import pytest
 
+from abhiapi import db_postgres, processes, runtime, sweep
 from abhiapi.db import database_at
 from abhiapi.migrations import migrate
-from tests.harness import free_port
+from abhiapi.settings import Settings
+from tests.harness import Server, free_port, until
 
 USER = "abhiapi"
 TEMPLATE = "fresh"
 FAST = {"fsync": "off", "full_page_writes": "off", "shared_buffers": "64MB", "max_connections": "300"}
+FAST["dynamic_shared_memory_type"] = "mmap"  # in its folder: what a kill leaves goes with that
 
 
 def programs() -> Path:
@@ -49,7 +54,13 @@ class Postgres:
 
     @classmethod
     def start(cls, **settings: str) -> Postgres:
-        """A new server, in a folder that its user can reach (pytest's are root's alone)."""
+        server = cls.make(**settings)
+        server.go()
+        return server
+
+    @classmethod
+    def make(cls, **settings: str) -> Postgres:
+        """A new server that does not run yet, in a folder that its user can reach (pytest's are root's alone)."""
         folder = Path(tempfile.mkdtemp(prefix="abhiapi-postgres-"))
         folder.chmod(0o755)
         if os.geteuid() == 0:
@@ -59,11 +70,11 @@ class Postgres:
         lines = {"listen_addresses": "127.0.0.1", "port": str(server.port), "unix_socket_directories": str(folder)}
         with open(folder / "data" / "postgresql.conf", "a") as file:
             file.writelines(f"{name} = '{value}'\n" for name, value in (lines | FAST | settings).items())
-        server.go()
         return server
 
-    def go(self) -> None:
-        self._do("pg_ctl", "-l", str(self.folder / "log"), "-w", "start")
+    def go(self, *options: str) -> None:
+        """Start it, with options of `postgres` itself, which count more than its file."""
+        self._do("pg_ctl", "-l", str(self.folder / "log"), "-o", shlex.join(options), "-w", "start")
 
     def stop(self, mode: str = "immediate") -> None:
         self._do("pg_ctl", "-m", mode, "-w", "stop")
@@ -78,7 +89,8 @@ class Postgres:
         self._do("pg_ctl", "-w", "promote")
 
     def remove(self) -> None:
-        self.stop()
+        if (self.folder / "data" / "postmaster.pid").exists():
+            self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def url(self, name: str) -> str:
@@ -155,6 +167,23 @@ def shared(root: Path) -> Iterator[Postgres]:
             else:
                 known.unlink()
                 server.remove()
+
+
+def sweep_at_once(server: Server) -> None:
+    """End what killed processes left to this server, as any process does once it has seen a lock free for long enough.
+
+    Which here is no time.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(db_postgres, "FREE_FOR_S", 0)
+        rt = runtime.start(Settings.from_env(server.env))
+        try:
+            until(
+                lambda: sweep.run_once(rt) == 0 and len(server.books.read(processes.running)) == 2,
+                what="only the server is left, and who looks",
+            )
+        finally:
+            rt.close()
 
 
 def _tail(path: Path) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
 from itertools import count
-from pathlib import Path
 from typing import TypeVar
 
 from abhiapi import accounts, calls, keys, ledger, prices, pricing, processes, spending
@@ -15,7 +14,7 @@ from abhiapi.db import Database, Tx
 from abhiapi.metering import Verdict
 from abhiapi.money import Micros
 from abhiapi.settings import Settings
-from tests.harness import Clock
+from tests.harness import WEBHOOK_KEY, Clock
 
 T = TypeVar("T")
 MODEL = "fal-ai/flux/dev"
@@ -38,12 +37,13 @@ def settled(charge_micros: int = FLUX_MICROS, fal_cost_nano_usd: int | None = FL
     return Verdict("settled", Micros(charge_micros), "1", "fal", fal_cost_nano_usd)
 
 
-def server_settings(folder: Path, **more: str) -> Settings:
-    """The settings of a server whose database lies in ``folder`` and whose fal is not there."""
+def server_settings(database_url: str, **more: str) -> Settings:
+    """The settings of a server over this database whose fal is not there."""
     return Settings.from_env(
         {
             "FAL_KEY": "id:secret",
-            "ABHIAPI_DATABASE_URL": f"sqlite:///{folder / 'abhiapi.db'}",
+            "ABHIAPI_DATABASE_URL": database_url,
+            "ABHIAPI_WEBHOOK_KEY": WEBHOOK_KEY,
             "ABHIAPI_FAL_RUN_URL": "http://127.0.0.1:9",
         }
         | more

@@ -88,7 +88,7 @@ class House:
 
 
 def answer(pieces: list[Any], *headers: tuple[str, str], status: int = 200) -> FalReply:
-    return FalReply(status, [*(headers or (JSON, UNITS)), ("x-fal-request-id", "r-1")], Raw(pieces))
+    return FalReply(status, [*(headers or (JSON, UNITS)), ("x-fal-request-id", "r-1")], Raw([*pieces]))
 
 
 def in_pieces(body: bytes, size: int) -> list[Piece]:

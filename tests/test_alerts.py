@@ -25,6 +25,8 @@ from tests.command_line import CommandLine
 from tests.harness import Clock, Fal, Server, until
 from tests.rows import Customer, credit, server_settings
 
+pytestmark = pytest.mark.engines
+
 DAY_MS = 86_400_000
 SECRET_PATH = "/hooks/T0-very-secret"
 
@@ -70,9 +72,9 @@ def customer(database: Database, clock: Clock) -> Customer:
 
 
 @pytest.fixture
-def rt(customer: Customer, tmp_path: Path, clock: Clock) -> Iterator[runtime.Runtime]:
+def rt(customer: Customer, database_url: str, clock: Clock) -> Iterator[runtime.Runtime]:
     """A server's parts over the customer's database, without the server."""
-    made = runtime.start(server_settings(tmp_path), now_ms=clock, rules=())
+    made = runtime.start(server_settings(database_url), now_ms=clock, rules=())
     yield made
     made.close()
 
@@ -124,6 +126,7 @@ def test_a_threshold_above_the_balance_is_told_at_once_and_lifting_it_ends_it(
     assert standing(database) == []
 
 
+@pytest.mark.engines("sqlite")  # which tells each statement that it runs
 def test_without_a_threshold_the_end_of_a_call_asks_nothing_more(database: Database, customer: Customer) -> None:
     """No statement about alerts or limits is run for who has set neither."""
     call = customer.admit()
@@ -142,12 +145,12 @@ def test_without_a_threshold_the_end_of_a_call_asks_nothing_more(database: Datab
 
 
 def test_a_restart_repeats_no_announcement_and_forgets_none(
-    rt: runtime.Runtime, database: Database, customer: Customer, tmp_path: Path, clock: Clock
+    rt: runtime.Runtime, database: Database, customer: Customer, database_url: str, clock: Clock
 ) -> None:
     warn_below(customer, credit(500))
     assert alerting.run_once(rt, None) == 1
     assert alerting.run_once(rt, None) == 0
-    again = runtime.start(server_settings(tmp_path), now_ms=clock, rules=())
+    again = runtime.start(server_settings(database_url), now_ms=clock, rules=())
     try:
         assert alerting.run_once(again, None) == 0
         assert again.standing == set(LOW)
@@ -172,6 +175,7 @@ def test_the_webhook_gets_each_alert_once(rt: runtime.Runtime, customer: Custome
     }
 
 
+@pytest.mark.engines("sqlite")  # thousands of looks, of which few write
 def test_a_webhook_that_fails_is_tried_again_ever_more_seldom_and_five_times_at_most(
     rt: runtime.Runtime, customer: Customer, receiver: Receiver, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -218,9 +222,9 @@ class Interrupted(OperatorWebhook):
 
 
 @pytest.fixture
-def other(rt: runtime.Runtime, tmp_path: Path, clock: Clock) -> Iterator[runtime.Runtime]:
+def other(rt: runtime.Runtime, database_url: str, clock: Clock) -> Iterator[runtime.Runtime]:
     """A second process over the same database."""
-    made = runtime.start(server_settings(tmp_path), now_ms=clock, rules=())
+    made = runtime.start(server_settings(database_url), now_ms=clock, rules=())
     yield made
     made.close()
 
@@ -300,10 +304,10 @@ def test_a_proxy_that_one_process_saw_is_not_over_for_another(
 
 
 def test_a_proxy_that_has_been_told_of_ends_its_alert(
-    rt: runtime.Runtime, database: Database, tmp_path: Path, clock: Clock
+    rt: runtime.Runtime, database: Database, database_url: str, clock: Clock
 ) -> None:
     raised(rt, "unexpected_proxy", "proxy")
-    told = runtime.start(server_settings(tmp_path, ABHIAPI_TRUSTED_PROXIES="1"), now_ms=clock, rules=())
+    told = runtime.start(server_settings(database_url, ABHIAPI_TRUSTED_PROXIES="1"), now_ms=clock, rules=())
     try:
         clock.tick(alerting.quiet_ms("unexpected_proxy", told.settings) + 1)
         alerting.run_once(told, None)
@@ -389,9 +393,15 @@ def test_when_a_try_is_due(tries: int, after_ms: int, due: bool) -> None:
     assert alerting.is_due(alert, 1000 + after_ms) is due
 
 
-def test_a_server_tells_of_everything_that_goes_wrong(fal: Fal, tmp_path: Path, receiver: Receiver) -> None:
+def test_a_server_tells_of_everything_that_goes_wrong(
+    fal: Fal, tmp_path: Path, receiver: Receiver, database_url: str
+) -> None:
     """The log, the metrics and the webhook, each once; and again after a restart only what is new."""
-    settings = {"ABHIAPI_ALERT_WEBHOOK_URL": receiver.url, "ABHIAPI_RECONCILE_INTERVAL_S": "1"}
+    settings = {
+        "ABHIAPI_ALERT_WEBHOOK_URL": receiver.url,
+        "ABHIAPI_RECONCILE_INTERVAL_S": "1",
+        "ABHIAPI_DATABASE_URL": database_url,
+    }
     with Server.started(tmp_path, fal.url, **settings) as server:
         name, key = server.books.account(1000)
 
@@ -435,7 +445,6 @@ def test_a_server_tells_of_everything_that_goes_wrong(fal: Fal, tmp_path: Path, 
             again.process.kill()
 
 
-@pytest.mark.engines
 def test_the_commands_set_and_show(tmp_path: Path, database_url: str) -> None:
     cli = CommandLine(tmp_path, database_url)
     cli("accounts", "create", "acme")
@@ -451,7 +460,6 @@ def test_the_commands_set_and_show(tmp_path: Path, database_url: str) -> None:
     assert "--below" in cli("accounts", "alert", "acme", "--below", "lots").misused()
 
 
-@pytest.mark.engines
 def test_keys_are_limited_and_listed_at_the_command_line(tmp_path: Path, database_url: str) -> None:
     """Row 22: what was set is read back."""
     cli = CommandLine(tmp_path, database_url)

@@ -338,6 +338,8 @@ BAD_FILES = [
     (GOOD.replace('"P"', "1"), ["fal-ai/x: source is no text"]),
     (GOOD.replace('unit_price_usd = "0.5"\n', ""), ["fal-ai/x: unit_price_usd: '' is not a plain"]),
     (GOOD.replace('"0.5"', '"-0.5"'), ["fal-ai/x: unit_price_usd: '-0.5' is not a plain non-negative decimal"]),
+    (GOOD.replace('"fal-ai/x"', f'"fal-ai/{"x" * 194}"'), ["xxx...' is no model id"]),
+    (re.sub(r'unit = "[a-z]+"', f'unit = "{"u" * 61}"', GOOD), ["fal-ai/x: unit has more than 60 characters"]),
     (GOOD.replace('"0.5"', '"NaN"'), ["fal-ai/x: unit_price_usd: 'NaN'"]),
     (GOOD.replace('"0.5"', '"100001"'), ["fal-ai/x: unit_price_usd: 100001 is larger than"]),
     (GOOD.replace('"0.5"', "1"), ["fal-ai/x: unit_price_usd is no text"]),

@@ -53,7 +53,7 @@ def test_doctor_finds_a_healthy_installation_well(cli: CommandLine, customer: Cu
         *("variables", "settings", "fal credential", "limits", "open files"),
         *("database", "webhook key", "writing", "prices", "holds", "ledger"),
         *("secret files", "odd settings", "sessions", "traces"),
-        *("reconciler", "alerts", "backups", "fal's bill", "play money", "margins"),
+        *("processes", "reconciler", "alerts", "backups", "fal's bill", "play money", "margins"),
         *("fal", "public url"),
     }
     assert "1 open" in checked(cli)["holds"]["message"]

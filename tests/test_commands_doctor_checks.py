@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import bindparam, update
 
-from abhiapi import alerts, billing, fal_bill, processes, serving, timers, vitals
-from abhiapi.commands import checks_books, checks_network, checks_place, session
+from abhiapi import alerts, billing, fal_bill, processes, serving, tables, timers, vitals
+from abhiapi.commands import checks_network, checks_place, session
 from abhiapi.migrations import migrate
 from abhiapi.settings import Settings
 from tests.command_line import NOWHERE, CommandLine
-from tests.harness import Clock, Fal, Server
+from tests.harness import Clock, Fal, Server, until
+from tests.redis_server import RedisServer
 from tests.rows import DEAD_PID, Customer
 
 DAY_MS = 86_400_000
@@ -258,11 +260,39 @@ def test_prices_below_fals_are_told(cli: CommandLine) -> None:
 
 def test_a_dead_server_is_none(cli: CommandLine) -> None:
     cli.database.write(lambda tx: processes.start(tx, pid=DEAD_PID, now_ms=1))
-    assert checks_books._lives(os.getpid())
+    assert_told(told(cli, "reconciler"), "ok", "no server runs here")
+    assert_told(told(cli, "processes"), "ok", "none")
     ended = subprocess.Popen(["true"])
     ended.wait()
-    assert not checks_books._lives(ended.pid)
-    assert_told(told(cli, "reconciler"), "ok", "no server runs here")
+    cli.database.write(lambda tx: processes.start(tx, pid=ended.pid, now_ms=1))
+    assert_told(told(cli, "processes"), "ok", "none")
+    cli.database.write(lambda tx: processes.start(tx, pid=os.getpid(), now_ms=1))
+    assert_told(told(cli, "processes"), "ok", "1 serves")
+    cli.database.write(lambda tx: processes.start(tx, pid=os.getppid(), now_ms=1))
+    assert_told(told(cli, "processes"), "fail", "2 serve")
+
+
+@pytest.mark.engines("postgresql")
+def test_servers_of_one_ledger_that_count_limits_apart_are_named(
+    fal: Fal, tmp_path: Path, database_url: str, redis_server: RedisServer
+) -> None:
+    """B7, row 55: each is let do what all together may. A reload looks the same while the old process ends."""
+    cli = CommandLine(tmp_path, database_url)
+
+    def told_of(limits_url: str) -> tuple[str, str]:
+        return told(cli, "processes", ABHIAPI_LIMITS_URL=limits_url)
+
+    with (
+        Server.started(tmp_path, fal.url, ABHIAPI_DATABASE_URL=database_url),
+        Server.started(tmp_path, fal.url, ABHIAPI_DATABASE_URL=database_url) as other,
+    ):
+        assert_told(told_of("memory://"), "warn", "2 serve this database", "one Redis", "reload")
+        assert_told(told_of(redis_server.url()), "ok", "2 serve this database", "together")
+        long_ago = update(tables.processes).values(started_at=bindparam("long_ago"))
+        cli.database.write(lambda tx: tx.run(long_ago, long_ago=session.now_ms() - DAY_MS))
+        assert_told(told_of("memory://"), "fail", "2 times", "ABHIAPI_LIMITS_URL")
+        other.process.kill()
+        until(lambda: told_of("memory://") == ("ok", "1 serves this database"), what="one is seen to be gone")
 
 
 def test_what_ails_the_settings_is_all_that_is_said(cli: CommandLine) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import CommandLine
-from tests.harness import Fal, Server
+from tests.harness import Fal, Server, until
+from tests.postgres import Postgres
 
 UPSCALER = "/fal-ai/creative-upscaler"  # billed in compute seconds, which only fal can know
 
@@ -71,9 +72,13 @@ def test_hold_of_unknown_cost_is_settled_beside_the_server(server: Server, cli: 
     assert cli("doctor").exit_code == 0
 
 
-def test_backup_while_calls_are_served_adds_up_and_restore_is_refused(
-    server: Server, cli: CommandLine, tmp_path: Path
+@pytest.mark.engines
+def test_backup_while_calls_are_served_adds_up_wherever_it_is_restored(
+    shared_server: Server, engine: str, tmp_path: Path, postgres: Postgres
 ) -> None:
+    """Each copy is of one moment under load, and a whole ledger: in a file, and in a database of PostgreSQL's."""
+    server = shared_server
+    cli = CommandLine(tmp_path, server.env["ABHIAPI_DATABASE_URL"])
     account, key = server.books.account(100_000)
     enough = threading.Event()
     statuses: list[int] = []
@@ -86,18 +91,23 @@ def test_backup_while_calls_are_served_adds_up_and_restore_is_refused(
     for caller in callers:
         caller.start()
     try:
-        made = [cli("backup", str(tmp_path / f"copy-{number}.db"), "--json") for number in range(5)]
+        made = []
+        for number in range(3):
+            since = len(statuses)
+            until(lambda since=since: len(statuses) > since, what="more calls have ended")  # type: ignore[misc]
+            made.append(cli("backup", str(tmp_path / f"copy-{number}.db"), "--json"))
         refusal = cli("restore", str(tmp_path / "copy-0.db"))
     finally:
         enough.set()
         for caller in callers:
             caller.join()
-    assert [done.exit_code for done in made] == [0] * 5
-    assert "a server is running" in refusal.refused()
+    assert [done.exit_code for done in made] == [0] * 3
+    assert {"sqlite": "a server is running", "postgresql": "is not empty"}[engine] in refusal.refused()
     assert set(statuses) == {200}
     assert len(server.books.calls(account)) == len(statuses)
-    assert made[4].json["entries"] >= made[0].json["entries"]
-    other = CommandLine(tmp_path / "other")
-    assert other.json("restore", str(tmp_path / "copy-4.db"))["entries"] == made[4].json["entries"]
-    assert other.json("ledger", "verify")["ok"]
+    assert made[0].json["entries"] < made[2].json["entries"]
+    with postgres.fresh(empty=True) as empty:
+        for other in (CommandLine(tmp_path / "other"), CommandLine(tmp_path / "other", empty)):
+            assert other.json("restore", str(tmp_path / "copy-2.db"))["entries"] == made[2].json["entries"]
+            assert other.json("ledger", "verify")["ok"]
     assert cli.json("ledger", "verify")["ok"]

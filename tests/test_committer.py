@@ -8,11 +8,12 @@ from contextlib import closing
 from time import monotonic
 
 import gevent
+import gevent.monkey
 import pytest
 from gevent.event import Event
 from sqlalchemy import text
 
-from abhiapi import accounts, calls, ledger
+from abhiapi import accounts, calls, committer, ledger
 from abhiapi.committer import GroupCommitter, in_thread
 from abhiapi.db import Busy, Database, Tx, assert_no_transaction
 from abhiapi.errors import DatabaseUnavailable, InsufficientCredits, Refused
@@ -255,6 +256,44 @@ def test_a_trouble_of_the_disk_in_one_operation_undoes_and_tries_again_with_all(
     jobs = [gevent.spawn(writer.write, op, patience_s=10) for op in (create("ann"), troubled, create("bob"))]
     gevent.joinall(jobs, raise_error=True)
     assert (tries, names(database)) == (3, ["ann", "bob", "troubled"])
+
+
+SLEEP = text("SELECT pg_sleep(:seconds)")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits as a server does, which is patched, and for less than half a second."""
+    monkeypatch.setattr(gevent.monkey, "is_module_patched", lambda name: True)
+    monkeypatch.setattr(committer, "ANSWER_S", 0.3)
+
+
+def slowly(name: str, seconds: float) -> object:
+    def write(tx: Tx) -> int:
+        tx.one(SLEEP, seconds=seconds)
+        return accounts.create(tx, name, now_ms=1).account_id
+
+    return write
+
+
+@pytest.mark.engines("postgresql")
+def test_a_slow_server_gets_through_smaller_groups(database: Database, writer: GroupCommitter, impatient: None) -> None:
+    """All at once take longer than an answer may; tried again at the same size they would for ever."""
+    jobs = [gevent.spawn(writer.write, slowly(f"a{n}", 0.05), patience_s=20) for n in range(8)]
+    gevent.joinall(jobs, raise_error=True)
+    assert names(database) == [f"a{n}" for n in range(8)]
+
+
+@pytest.mark.engines("postgresql")
+def test_a_write_that_is_too_slow_by_itself_keeps_nobody_back(
+    database: Database, writer: GroupCommitter, impatient: None
+) -> None:
+    stuck = gevent.spawn(writer.write, slowly("stuck", 60), patience_s=60)
+    others = [gevent.spawn(writer.write, create(f"a{n}"), patience_s=20) for n in range(3)]
+    gevent.joinall(others, raise_error=True)
+    assert not stuck.ready()
+    assert names(database) == ["a0", "a1", "a2"]
+    stuck.kill()
 
 
 @pytest.mark.engines("sqlite")

@@ -1,21 +1,26 @@
 """What is left after the server is killed or told to stop, with a real gunicorn under load.
 
-Killed twenty times on PostgreSQL: test_several_machines.
+Killed twenty times on PostgreSQL, and left to the others to find out: test_several_machines.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import requests
+from sqlalchemy import select
 
-from tests.harness import Fal, Server, until
+from abhiapi import processes, tables
+from tests.harness import Fal, Server, own, until
+from tests.postgres import sweep_at_once
+from tests.redis_server import RedisServer
 
 PRICE_MICROS = 26_250  # one megapixel of flux dev at the default margin
-KILLS = 20
+KILLS = {"sqlite": 20, "postgresql": 4}
 
 
 class Load:
@@ -44,15 +49,19 @@ class Load:
             thread.join(60)
 
 
-def test_nothing_is_lost_or_doubled_when_the_server_is_killed_twenty_times(fal: Fal, tmp_path: Path) -> None:
+@pytest.mark.engines
+def test_nothing_is_lost_or_doubled_when_the_server_is_killed_again_and_again(
+    fal: Fal, tmp_path: Path, engine: str, database_url: str
+) -> None:
     """After each restart: the ledger adds up, no hold is left, and whoever got an answer was charged for it, once."""
     key, name, answered = "", "", 0
-    for _ in range(KILLS):
-        server = Server.start(tmp_path, fal.url)
+    for _ in range(KILLS[engine]):
+        server = Server.start(tmp_path, fal.url, ABHIAPI_DATABASE_URL=database_url)
         try:
             if not key:
                 name, key = server.books.account(10_000)
-            # The start has swept what the kill before this one left behind.
+            if engine == "postgresql":
+                sweep_at_once(server)  # on SQLite the start has swept what the kill before this one left behind
             assert server.books.standing(name)[1] == 0
             assert server.books.read(_open_holds) == 0
             finding = server.books.verify()
@@ -64,7 +73,9 @@ def test_nothing_is_lost_or_doubled_when_the_server_is_killed_twenty_times(fal: 
         load.end()
         answered += len(load.answered)
         assert len(set(load.answered)) == len(load.answered), "two answers told the same balance"
-    with Server.started(tmp_path, fal.url) as server:
+    with Server.started(tmp_path, fal.url, ABHIAPI_DATABASE_URL=database_url) as server:
+        if engine == "postgresql":
+            sweep_at_once(server)
         finding = server.books.verify()
         assert finding.ok, finding.problems
         calls = server.books.calls(name)
@@ -72,7 +83,7 @@ def test_nothing_is_lost_or_doubled_when_the_server_is_killed_twenty_times(fal: 
         settled = [call for call in calls if call.state == "settled"]
         assert all(call.charged_micros == PRICE_MICROS for call in settled)
         # Every answer was charged before it left; a call may have been charged whose answer was cut by the kill.
-        assert answered <= len(settled) <= answered + KILLS * 6
+        assert answered <= len(settled) <= answered + KILLS[engine] * 6
         balance, held = server.books.standing(name)
         assert (balance, held) == (10_000_000 - len(settled) * PRICE_MICROS, 0)
         charges = [entry for entry in server.books.entries(name) if entry.kind == "charge"]
@@ -108,6 +119,38 @@ def test_a_server_told_to_stop_finishes_fifty_running_calls(fal: Fal, tmp_path: 
     assert server.books.standing(name) == (10_000_000 - 50 * PRICE_MICROS, 0)
     assert server.books.verify().ok
     assert not list(tmp_path.glob("*.process-*")), "a clean end leaves no lock file"
+
+
+@pytest.mark.engines("postgresql")
+def test_several_processes_told_to_stop_finish_what_runs_in_each(
+    fal: Fal, tmp_path: Path, database_url: str, redis_server: RedisServer
+) -> None:
+    """SIGTERM to `serve --workers 2`: whoever was let in is answered and charged, nobody is let in any more."""
+    settings = {"ABHIAPI_DATABASE_URL": database_url, "ABHIAPI_LIMITS_URL": redis_server.url(), "WORKERS": "2"}
+    server = Server.start(tmp_path, fal.url, **settings)
+    marker = own("graceful")
+    name, key = server.books.account(10_000)
+    holding = select(tables.calls.c.process_id).where(tables.calls.c.state == "held").distinct()
+    running: list[Future[requests.Response]] = []
+    with ThreadPoolExecutor(100) as pool:
+        try:
+            until(lambda: server.process.output().count("AbhiAPI serves") == 2, what="both serve")
+            while len(running) < 10 or len(server.books.read(lambda tx: tx.all(holding))) < 2:
+                assert len(running) < 100, "one of the two takes all calls"
+                running.append(pool.submit(server.post, key, body={"prompt": marker}, weather=f"hold_until={marker}"))
+                until(lambda: len(fal.calls(marker)) == len(running), what="fal has the call")
+            server.process.popen.send_signal(signal.SIGTERM)
+            until(lambda: not _accepts(server), what="no new connection is taken")
+            assert server.books.standing(name)[1] == len(running) * PRICE_MICROS
+            fal.release(marker)
+            assert {one.result().status_code for one in running} == {200}
+            assert server.process.popen.wait(30) == 0
+        finally:
+            fal.release(marker)
+            server.process.kill()
+    assert server.books.standing(name) == (10_000_000 - len(running) * PRICE_MICROS, 0)
+    assert server.books.verify().ok
+    assert server.books.read(processes.running) == []
 
 
 @pytest.mark.engines

@@ -10,6 +10,7 @@ from pathlib import Path
 from shutil import which
 
 import pytest
+import requests
 import yaml
 
 from abhiapi.alerts import KINDS
@@ -17,7 +18,7 @@ from abhiapi.errors import UpstreamBroken
 from abhiapi.metrics import Metrics
 from abhiapi.monitoring import samples
 from abhiapi.vitals import Holds, Vitals
-from tests.harness import ROOT
+from tests.harness import ROOT, Server
 
 BOARD = ROOT / "deploy/grafana/abhiapi.json"
 RULES = ROOT / "deploy/prometheus/alerts.yml"
@@ -73,6 +74,18 @@ def test_each_query_asks_for_what_there_is(query: str) -> None:
         assert name in series, name
         assert set(re.findall(_NAME, labels)) <= series[name]
     assert grouped <= {"le"}.union(*(series[name] for name, _ in asked))
+
+
+def test_a_server_tells_all_that_is_asked_for(shared_server: Server) -> None:
+    """But for what has no value before it happened: an alert, a backup, a look at fal's bill."""
+    happens = {"abhiapi_alerts_open", "abhiapi_backup_timestamp_seconds", "abhiapi_bill_compared_timestamp_seconds"}
+    _, key = shared_server.books.account(100)
+    assert shared_server.post(key).status_code == 200
+    page = requests.get(f"{shared_server.url}/metrics", timeout=10).text
+    told = set(re.findall(r"^# TYPE (\w+)", page, re.MULTILINE)) | {"up"}
+    asked = {name for query in QUERIES for name in re.findall(r"\b(?:abhiapi_\w+|process_\w+|up)\b", query)}
+    assert len(asked) > 30
+    assert {name for name in asked if re.sub("_(bucket|sum|count)$", "", name) not in told} <= happens
 
 
 @pytest.mark.parametrize("query", QUERIES)

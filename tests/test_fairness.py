@@ -224,6 +224,7 @@ def busy(house: House, queue_s: int = 0) -> Turn | None:
     return enter(house.rt.gate, OTHER)
 
 
+@pytest.mark.engines
 def test_a_call_that_gets_no_turn_is_429_before_fal_and_costs_nothing(house: House) -> None:
     turn = busy(house)
     reply = house.call()
@@ -236,6 +237,7 @@ def test_a_call_that_gets_no_turn_is_429_before_fal_and_costs_nothing(house: Hou
     assert house.call().status == 200
 
 
+@pytest.mark.engines
 def test_credit_and_keys_limits_are_looked_at_before_a_call_waits(house: House) -> None:
     """Nobody waits for minutes to hear that they have no credit."""
     busy(house, 600)
@@ -273,6 +275,7 @@ def test_a_turn_is_over_however_its_call_ends(house: House, said: object) -> Non
     house.rt.gate.end(enter(house.rt.gate))
 
 
+@pytest.mark.engines
 def test_a_hold_that_is_refused_gives_its_turn_back(house: House) -> None:
     house.rt.gate = Gate(1, 0)
     _, house.key = house.books.account(1)

@@ -24,6 +24,8 @@ from abhiapi.money import Micros, product_nanos
 from tests.harness import Clock
 from tests.rows import FLUX_MICROS, FLUX_NANO_USD, MODEL, Customer, settled
 
+pytestmark = pytest.mark.engines
+
 FAL_PRICE = Decimal("0.025")
 COMPUTED = Verdict("settled", FLUX_MICROS, "1", "catalogue", FLUX_NANO_USD, "no_units")
 
@@ -418,6 +420,7 @@ def test_what_a_run_that_broke_off_did_not_list_the_next_one_does(books: Books) 
     assert books.compare_since(None).drift == {"not_billed_by_fal": 1}
 
 
+@pytest.mark.engines("sqlite")  # what is kept of the events is the same everywhere
 def test_a_hundred_thousand_events_need_no_more_memory_than_a_thousand(books: Books) -> None:
     def many(count: int) -> Callable[[int, int], Iterable[Row]]:
         def events(since_ms: int, until_ms: int) -> Iterator[Row]:
@@ -501,6 +504,7 @@ BAD_ROWS = {
 }
 
 
+@pytest.mark.engines("sqlite")  # refused before it comes to a database
 @pytest.mark.parametrize("what", BAD_ROWS)
 def test_a_row_that_cannot_be_read_changes_nothing_and_is_named(books: Books, what: str) -> None:
     books.call(COMPUTED, "r1")

@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
         """
         errors money ids days csvtext spent estimates price_terms price_file price_sync pricing metering
         jsonbytes encodings eventstream fairness
-        wire queuewire webhookwire target addresses redaction redis_url
+        wire queuewire webhookwire target addresses redaction redis_url setting_forms
         """,
         """
         settings tables committer
@@ -64,6 +64,7 @@ DOORS = {
         "db_postgres_tx",
         "tables",
         "settings",
+        "setting_forms",
         "commands.transfer",
         *ROWS,
     },

@@ -8,11 +8,15 @@ from decimal import Decimal
 from typing import Any
 
 import gevent
+import psycopg
 import pytest
 from sqlalchemy import text
 
 from abhiapi import admission, calls, errors, gateway, runtime
-from abhiapi.metering import released
+from abhiapi.db import Tx
+from abhiapi.db_base import Session
+from abhiapi.metering import Verdict, released
+from abhiapi.money import Micros
 from tests.harness import OPERATOR_KEY
 from tests.scripted import JSON, PICTURE, UNITS, House, Piece, answer, in_pieces
 
@@ -29,6 +33,7 @@ def billing(body: bytes) -> dict[str, Any]:
 # --- ordinary ends ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.engines
 def test_a_small_answer_is_charged_before_its_first_byte_leaves(house: House) -> None:
     reply = house.call(query="a=1&fal_jwt_token=x", body=b'{"prompt": "a  cat"}')
     assert reply.status == 200
@@ -50,6 +55,7 @@ def test_a_small_answer_is_charged_before_its_first_byte_leaves(house: House) ->
     assert house.standing() == (START - MEGAPIXEL, 0)
 
 
+@pytest.mark.engines
 def test_the_hold_is_written_before_fal_hears_of_the_call(house: House) -> None:
     seen = []
     house.fal.when_sent = lambda: seen.append((house.last().state, *house.standing()))
@@ -94,6 +100,7 @@ def test_a_digest_of_the_body_is_not_passed_on_when_the_body_grows(house: House)
     assert not {"etag", "content-md5", "digest"} & {name.lower() for name, _ in house.call().headers}
 
 
+@pytest.mark.engines
 def test_an_outcome_that_nobody_can_compute_leaves_the_hold_to_the_operator(house: House) -> None:
     house.fal.answer = answer([b'{"images":[]}'], JSON)
     reply = house.call("/fal-ai/creative-upscaler", body=b'{"image_url":"x"}')
@@ -124,6 +131,7 @@ def test_a_large_answer_that_is_no_json_after_all_is_not_computed(house: House) 
 # --- a caller who hangs up --------------------------------------------------------------------------------------
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("read", [0, 1, 3])
 def test_a_hang_up_changes_nothing(house: House, read: int) -> None:
     """fal's answer is read to its end, and charged; closing again does nothing."""
@@ -140,6 +148,7 @@ def test_a_hang_up_changes_nothing(house: House, read: int) -> None:
     assert of_fal._raw.closed
 
 
+@pytest.mark.engines
 def test_an_answer_that_breaks_off_after_the_hang_up_costs_nothing(house: House) -> None:
     house.fal.answer = answer([LARGE, errors.UpstreamBroken("cut")])
     reply = house.call()
@@ -148,6 +157,7 @@ def test_an_answer_that_breaks_off_after_the_hang_up_costs_nothing(house: House)
     assert (house.last().state, house.last().reason) == ("released", "upstream_broken")
 
 
+@pytest.mark.engines
 def test_a_caller_who_takes_for_ever_is_cut_off_and_charged(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway, "SLOW_CALLER_S", -10_000)
     house.fal.answer = answer([LARGE, b" ", b" "])
@@ -227,6 +237,7 @@ def test_an_answer_that_shows_the_credential_is_told_in_our_words(house: House, 
 # --- bad days of ours -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), gevent.GreenletExit(), KeyboardInterrupt()])
 def test_a_bug_leaves_no_hold_and_no_place_taken(house: House, error: BaseException) -> None:
     house.fal.answer = error
@@ -236,6 +247,7 @@ def test_a_bug_leaves_no_hold_and_no_place_taken(house: House, error: BaseExcept
     assert house.standing() == (START, 0)
 
 
+@pytest.mark.engines
 def test_a_hold_that_the_sweep_has_ended_is_not_ended_again(house: House) -> None:
     def sweep() -> None:
         call_id = house.last().call_id
@@ -250,13 +262,14 @@ def test_a_hold_that_the_sweep_has_ended_is_not_ended_again(house: House) -> Non
     assert house.standing() == (START, 0)
 
 
-def locked(house: House) -> sqlite3.Connection:
+def locked(house: House) -> Session:
     """The database while another process writes to it."""
-    other = sqlite3.connect(house.rt.database.path, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
+    other = house.rt.database.session(patience_s=10)
+    other.begin()
     return other
 
 
+@pytest.mark.engines
 def test_a_call_that_cannot_be_written_down_is_not_forwarded(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "HOLD_PATIENCE_S", 0)
     monkeypatch.setattr(runtime.Runtime.write, "__kwdefaults__", {"patience_s": 0})
@@ -264,19 +277,20 @@ def test_a_call_that_cannot_be_written_down_is_not_forwarded(house: House, monke
     reply = house.call()
     assert (reply.status, json.loads(reply.body)["error"]["type"]) == (503, "database_unavailable")
     assert int(dict(reply.headers)["Retry-After"]) > 0
-    other.execute("ROLLBACK")
+    other.roll_back()
     other.close()
     assert house.fal.sent == []
     assert house.books.calls(house.account) == []
     assert house.call().status == 200
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("pieces", [[PICTURE], [LARGE[:200_000], LARGE[200_000:]]])
 def test_a_charge_that_cannot_be_written_down_withholds_the_answer_and_is_written_later(
     house: House, monkeypatch: pytest.MonkeyPatch, pieces: list[Piece]
 ) -> None:
     monkeypatch.setattr(admission, "SETTLE_PATIENCE_S", 0)
-    others: list[sqlite3.Connection] = []
+    others: list[Session] = []
     house.fal.when_sent = lambda: others.append(locked(house))
     house.fal.answer = answer(pieces)
     reply = house.call()
@@ -289,19 +303,48 @@ def test_a_charge_that_cannot_be_written_down_withholds_the_answer_and_is_writte
         reply.body.close()
     assert house.standing() == (START, MEGAPIXEL)
     gevent.idle()  # the charge is being tried again now
-    others[0].execute("ROLLBACK")
+    others[0].roll_back()
     others[0].close()
     house.rt.write(lambda tx: None)  # what was waiting before it is written before it
     assert house.standing() == (START - MEGAPIXEL, 0)
     assert (house.last().state, house.last().charged_micros) == ("settled", MEGAPIXEL)
 
 
+@pytest.mark.parametrize("troubled_by", ["the charge", "the operator's word"])
+def test_a_charge_that_the_ledger_refuses_is_the_operators_however_late(
+    house: House, monkeypatch: pytest.MonkeyPatch, troubled_by: str
+) -> None:
+    """The database is away while the charge is written, or while it is written that nobody can charge it."""
+    finish, is_away = calls.finish, True
+
+    def refusing(tx: Tx, call: calls.OpenCall, verdict: Verdict, **more: Any) -> Micros:
+        if is_away and (verdict.end == "unknown") == (troubled_by == "the operator's word"):
+            raise errors.DatabaseUnavailable("away", retry_after_s=1)
+        if verdict.end == "settled":
+            raise errors.BadAmount("too much")
+        return finish(tx, call, verdict, **more)
+
+    monkeypatch.setattr(calls, "finish", refusing)
+    monkeypatch.setattr(admission, "SETTLE_PATIENCE_S", 0)
+    reply = house.call()
+    assert (reply.status, json.loads(reply.body)["error"]["type"]) == (500, "charge_not_recorded")
+    assert (house.rt.parked, len(house.rt.working_on)) == (1, 1)
+    is_away = False
+    with gevent.Timeout(20):
+        while house.rt.working_on:
+            gevent.sleep(0.01)
+    assert house.rt.parked == 0
+    assert (house.last().state, house.last().reason) == ("unknown", "charge_refused")
+    assert house.standing() == (START, MEGAPIXEL)
+
+
+@pytest.mark.engines
 def test_a_statement_that_the_database_does_not_know_is_a_bug_and_no_trouble(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is raised on, to be logged and answered with 500: a 503 would tell callers and operators to wait."""
     monkeypatch.setattr(calls, "_ADMIT", text("INSERT INTO calls (colour) VALUES (1)"))
-    with pytest.raises(sqlite3.OperationalError, match="colour"):
+    with pytest.raises((sqlite3.OperationalError, psycopg.ProgrammingError), match="colour"):
         house.call()
     assert house.fal.sent == []
     assert house.standing() == (START, 0)

@@ -84,6 +84,7 @@ def test_a_stream_without_units_is_computed_from_its_last_event(house: House, si
     assert (last.state, last.charged_micros, last.usage_source) == ("settled", MEGAPIXEL, "catalogue")
 
 
+@pytest.mark.engines
 def test_a_stream_without_units_or_output_is_the_operators(house: House) -> None:
     house.fal.answer = answer([b'data: {"type":"error"}\n\n'], STREAM)
     reply = house.call(FLUX + "/stream")
@@ -92,6 +93,7 @@ def test_a_stream_without_units_or_output_is_the_operators(house: House) -> None
     assert (house.last().state, house.last().reason) == ("unknown", "no_units")
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize(("headers", "end"), [((UNITS,), "settled"), ((), "unknown")])
 def test_an_abandoned_stream_without_end_is_dropped(
     house: House, monkeypatch: pytest.MonkeyPatch, headers: tuple[tuple[str, str], ...], end: str

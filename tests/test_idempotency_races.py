@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import gevent
 import pytest
 from gevent.event import Event
 
-from abhiapi import replay, sweep
+from abhiapi import idempotency, replay, runtime, sweep
 from abhiapi.errors import UpstreamBroken, UpstreamUnreachable
 from abhiapi.liveness import lock_path
 from tests.harness import Clock
@@ -27,7 +29,7 @@ from tests.keyed import (
     kept_keys,
     started,
 )
-from tests.scripted import FLUX, PICTURE, House, answer
+from tests.scripted import FLUX, JSON, PICTURE, House, answer
 
 pytestmark = pytest.mark.engines
 
@@ -162,22 +164,14 @@ def test_an_answer_may_be_kept_a_moment_after_its_charge(
 ) -> None:
     """Another process that lives is given that moment; one that is dead has nothing more to keep."""
     other, other_fal = started(tmp_path, clock)
-    going_to_keep, go_on = Event(), Event()
-    keep = replay._keep
-
-    def slowly(*arguments: Any) -> None:
-        going_to_keep.set()
-        assert go_on.wait(20)
-        keep(*arguments)
-
-    monkeypatch.setattr(replay, "_keep", slowly)
+    keeping = held_back(monkeypatch)
     first = gevent.spawn(ask, house)
-    assert going_to_keep.wait(20)
+    assert keeping.is_next.wait(20)
     assert house.last().state == "settled"
     others = [gevent.spawn(ask, house, rt=rt) for rt in (other, house.rt)]
     gevent.idle()
     assert not any(second.ready() for second in others)
-    go_on.set()
+    keeping.go_on.set()
     assert {second.get(timeout=20).body for second in others} == {first.get(timeout=20).body}
 
     monkeypatch.setattr(replay, "_keep", lambda *_: None)
@@ -191,6 +185,93 @@ def test_an_answer_may_be_kept_a_moment_after_its_charge(
     assert other_fal.sent == []
     other.close()
     lock_path(house.rt.database.path, house.rt.process_id).touch()
+
+
+class Late:
+    """A reader whose first look at a key arrives late: on PostgreSQL others go on while it is on its way."""
+
+    def __init__(self, rt: runtime.Runtime) -> None:
+        self._reader, rt.reader = rt.reader, self
+        self.has_looked, self.go_on = Event(), Event()
+
+    def read(self, op: Any) -> Any:
+        seen = self._reader.read(op)
+        if isinstance(seen, idempotency.Found) and not self.has_looked.is_set():
+            self.has_looked.set()
+            assert self.go_on.wait(20)
+        return seen
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+REFUSED = answer([b'{"detail":"no such size"}'], JSON, status=404)
+
+
+@pytest.mark.parametrize("told", [answer([PICTURE]), REFUSED], ids=["charged", "released"])
+def test_an_answer_that_is_kept_while_somebody_looks_is_found(
+    database_url: str, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, told: Any
+) -> None:
+    """Seen ended and without an answer, in a process that has kept it when the look arrives."""
+    with house_of(tmp_path, clock, database_url) as house:
+        keeping = held_back(monkeypatch)
+        house.fal.answer = deepcopy(told)
+        first = gevent.spawn(ask, house)
+        assert keeping.is_next.wait(20)
+        late = Late(house.rt)
+        again = gevent.spawn(ask, house)
+        assert late.has_looked.wait(20)
+        keeping.go_on.set()
+        first.get(timeout=20)
+        late.go_on.set()
+        assert is_replay(again.get(timeout=20))
+        assert again.value.body == first.value.body
+        assert len(house.fal.sent) == 1
+
+
+def test_a_call_whose_answer_is_kept_after_all_is_not_run_anew(
+    database_url: str, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process was given its moment, had nothing to show, and was faster than who came to take the key."""
+    monkeypatch.setattr(replay, "GRACE_S", 0)
+    with house_of(tmp_path, clock, database_url) as house:
+        keeping = held_back(monkeypatch)
+        other, other_fal = started(tmp_path, clock, database_url)
+        house.fal.answer = deepcopy(REFUSED)
+        first = gevent.spawn(ask, house)
+        assert keeping.is_next.wait(20)
+        write = other.writer.write
+
+        def late(op: Any, *, patience_s: float) -> Any:
+            keeping.go_on.set()
+            first.get(timeout=20)
+            return write(op, patience_s=patience_s)
+
+        monkeypatch.setattr(other.writer, "write", late)
+        again = gevent.spawn(ask, house, rt=other)
+        assert is_replay(again.get(timeout=20))
+        assert again.value.body == first.value.body
+        assert other_fal.sent == []
+        other.close()
+
+
+@dataclass
+class Keeping:
+    is_next: Event
+    go_on: Event
+
+
+def held_back(monkeypatch: pytest.MonkeyPatch) -> Keeping:
+    """Answers are kept when told."""
+    keeping, keep = Keeping(Event(), Event()), replay._keep
+
+    def slowly(*arguments: Any) -> None:
+        keeping.is_next.set()
+        assert keeping.go_on.wait(20)
+        keep(*arguments)
+
+    monkeypatch.setattr(replay, "_keep", slowly)
+    return keeping
 
 
 @pytest.mark.engines("sqlite")

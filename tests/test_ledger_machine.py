@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -108,7 +107,7 @@ class Ledger(RuleBasedStateMachine):
         self.books = {name: self.rt.write(lambda tx, name=name: self._account(tx, name)) for name in ("ann", "bob")}
 
     def _started(self) -> runtime.Runtime:
-        return runtime.start(server_settings(Path(self.folder.name)), now_ms=self.clock, rules=())
+        return runtime.start(server_settings(f"sqlite:///{self.folder.name}/abhiapi.db"), now_ms=self.clock, rules=())
 
     def _account(self, tx: Tx, name: str) -> Books:
         now, start = self.clock.now_ms, credit(200)

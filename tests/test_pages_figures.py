@@ -5,79 +5,31 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from html import unescape
 from typing import Any
 
 import pytest
 
-from abhiapi import accounts, calls, ids, keys, ledger, lookups, reports, shapes, spending
+from abhiapi import calls, ids, keys, ledger, lookups, reports, shapes, spending
 from abhiapi.db import Tx
 from abhiapi.money import Micros
-from tests.harness import Fal, Server, until
-from tests.people import Person, new_user, visiting
-from tests.receiver import Receiver
+from tests.harness import Server
+from tests.people import PROMPT, Customer, Person, address_of, new_user, text_of, visiting
 
 MARKUP = "<script>alert(1)</script>\"'{{7*7}}"
-PROMPT = "a prompt that nobody may keep"
 PAGES = ("/dashboard/usage", "/dashboard/usage.csv", "/dashboard/calls", "/dashboard/ledger", "/dashboard/ledger.csv",
          "/dashboard/ledger/print", "/dashboard/jobs")  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def server(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One that believes one proxy in front, so that each person can have an address."""
-    settings = {"ABHIAPI_TRUSTED_PROXIES": "1", "ABHIAPI_WEBHOOK_ALLOW_LOOPBACK": "1"}
-    with Server.started(tmp_path_factory.mktemp("figures"), fal.url, **settings) as running:
-        yield running
-
-
-@dataclass
-class Customer:
-    """An account, its key, and somebody who is signed in for it."""
-
-    server: Server
-    name: str
-    key: str
-    person: Person
-
-    @classmethod
-    def new(cls, server: Server, credits: int = 1000) -> Customer:
-        name, key = server.books.account(credits)
-        return cls(server, name, key, visiting(server, new_user(server, name)))
-
-    @property
-    def account_id(self) -> int:
-        found = self.server.books.read(lambda tx: accounts.find(tx, self.name))
-        assert found is not None
-        return found.account_id
-
-    def call(self, path: str = "/fal-ai/flux/dev", **more: Any) -> reports.CallRow:
-        """A call of theirs as the books have it afterwards."""
-        self.server.post(self.key, path, {"prompt": PROMPT, "image_size": "landscape_4_3"}, **more)
-        return self.server.books.calls(self.name)[0]
-
-    def page(self, path: str) -> str:
-        response = self.person.get(path)
-        assert response.status_code == 200, response.text
-        return response.text
+@pytest.fixture
+def server(dashboard: Server) -> Server:
+    return dashboard
 
 
 @pytest.fixture
 def customer(server: Server) -> Customer:
     return Customer.new(server)
-
-
-def text_of(page: str) -> str:
-    """What a reader sees, in one line."""
-    return " ".join(unescape(re.sub(r"<[^>]+>", " ", page)).split())
-
-
-def address_of(row: reports.CallRow) -> str:
-    return f"/dashboard/calls/{ids.call_text(row.call_id)}"
 
 
 # --- who sees what ----------------------------------------------------------------------------------------------
@@ -338,57 +290,6 @@ def test_months_are_joined_and_long_ones_are_paged(customer: Customer, monkeypat
     assert "Nothing moved in this month" in before
     after = text_of(customer.page("/dashboard/ledger?month=2030-01"))
     assert "Opening balance 921.25" in after
-
-
-# --- jobs -------------------------------------------------------------------------------------------------------
-
-
-def test_open_jobs_stand_with_their_age_until_they_end(customer: Customer) -> None:
-    assert "No call is open" in customer.page("/dashboard/jobs")
-    row = customer.call("/queue/fal-ai/flux/dev", weather="queue_s=600")
-    shown = text_of(customer.page("/dashboard/jobs"))
-    assert "1 call holds" in shown
-    assert row.fal_request_id in shown
-    assert re.search(r"\d s queue sent", shown)
-    assert ids.call_text(row.call_id) in customer.page("/dashboard/calls?state=sent")
-
-
-def test_a_webhook_is_sent_again_by_its_own_customer_only(server: Server, customer: Customer) -> None:
-    """By a form with its token; the host is shown, the rest of the address is not."""
-    with Receiver.started() as receiver:
-        secret = "path-and-query-secret"
-        row = customer.call(f"/queue/fal-ai/flux/dev?fal_webhook={receiver.url(f'/{secret}')}")
-        until(lambda: len(receiver.deliveries) == 1, what="the delivery")
-        call_id = ids.call_text(row.call_id)
-        until(lambda: "delivered" in customer.page("/dashboard/jobs"), what="it is written down")
-        for path in ("/dashboard/jobs", address_of(row)):
-            page = customer.page(path)
-            assert "127.0.0.1" in page
-            assert secret not in page
-            assert "status 200" in page
-            assert f"/dashboard/jobs/{call_id}/resend" in page
-        resend = f"/dashboard/jobs/{call_id}/resend"
-        assert customer.person.post_bare(resend, {}).status_code == 400
-        assert customer.person.get(resend).status_code in (404, 405)
-        assert Person(server).post(resend).status_code == 302
-        assert Customer.new(server).person.post(resend).status_code == 404
-        server.books.write(lambda tx: accounts.set_status(tx, customer.account_id, "suspended"))
-        assert customer.person.post(resend).status_code == 403
-        assert "Send again" not in customer.page("/dashboard/jobs")
-        server.books.write(lambda tx: accounts.set_status(tx, customer.account_id, "active"))
-        assert len(receiver.deliveries) == 1
-        assert customer.person.post(resend).status_code == 303
-        until(lambda: len(receiver.deliveries) == 2, what="the second delivery")
-
-
-def test_resending_has_a_limit(customer: Customer) -> None:
-    """A customer's webhook is no hammer."""
-    row = customer.call("/queue/fal-ai/flux/dev?fal_webhook=http://127.0.0.1:9/hook")
-    form = {"csrf_token": customer.person.csrf_token()}
-    path = f"/dashboard/jobs/{ids.call_text(row.call_id)}/resend"
-    statuses = [customer.person.post_bare(path, form).status_code for _ in range(31)]
-    assert set(statuses[:30]) <= {303, 409}
-    assert statuses[30] == 429
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------

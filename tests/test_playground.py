@@ -80,6 +80,7 @@ def shown(response: requests.Response) -> str:
 # --- the key that nobody knows ------------------------------------------------------------------------------------
 
 
+@pytest.mark.engines
 def test_the_key_is_one_of_the_account_and_made_once(database: Database, clock: Clock) -> None:
     account_id = database.write(lambda tx: accounts.create(tx, "acme", now_ms=1)).account_id
     made = database.write(lambda tx: playground.ensured(tx, account_id, now_ms=clock()))
@@ -90,6 +91,7 @@ def test_the_key_is_one_of_the_account_and_made_once(database: Database, clock: 
     assert (caller.key_id, caller.account) == (made.key_id, "acme")
 
 
+@pytest.mark.engines
 def test_no_account_calls_inside_without_its_own_playground_key(database: Database, clock: Clock) -> None:
     """An ordinary key is not enough, and neither is another account's playground."""
     ids = [database.write(lambda tx, name=name: accounts.create(tx, name, now_ms=1)).account_id for name in ("a", "b")]
@@ -99,6 +101,7 @@ def test_no_account_calls_inside_without_its_own_playground_key(database: Databa
         database.read(lambda tx: keys.authenticate_inside(tx, ids[1], now_ms=clock()))
 
 
+@pytest.mark.engines
 def test_a_stopped_key_stays_stopped_and_a_revoked_one_is_replaced_when_asked(database: Database, clock: Clock) -> None:
     account_id = database.write(lambda tx: accounts.create(tx, "acme", now_ms=1)).account_id
     first = database.write(lambda tx: playground.ensured(tx, account_id, now_ms=clock()))
@@ -133,6 +136,7 @@ def test_the_key_is_never_made_an_ordinary_one(server: Server, player: Player) -
     assert player.own_key() == key
 
 
+@pytest.mark.engines
 def test_a_request_made_inside_reads_no_key_from_headers(house: House) -> None:
     """Whatever they hold, the account is the one that the process names."""
     other, other_key = house.books.account(1000)

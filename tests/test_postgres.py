@@ -66,6 +66,41 @@ def test_greenlets_go_on_while_others_wait_for_the_server(database_url: str) -> 
     assert int(done.stdout) > 20
 
 
+NO_NAMES = """
+from gevent import monkey; monkey.patch_all()
+import os, _socket, gevent
+from abhiapi import accounts, db_postgres
+from abhiapi.db import database_at
+from abhiapi.errors import DatabaseUnavailable
+sleep = monkey.get_original("time", "sleep")
+_socket.getaddrinfo = lambda *of, **more: sleep(60)
+db_postgres.REACH_S = 0.5
+ticks = 0
+def tick():
+    global ticks
+    while True:
+        ticks += 1
+        gevent.sleep(0.001)
+gevent.spawn(tick)
+reader = database_at("postgresql://abhiapi@database.example/ledger").reads()
+looks = [gevent.spawn(reader.read, accounts.everyone) for _ in range(3)]
+gevent.joinall(looks, timeout=30)
+print(ticks, *{type(look.exception).__name__ for look in looks}, flush=True)
+os._exit(0)
+"""
+
+
+def test_a_name_server_that_says_nothing_stops_no_greenlet_and_is_not_waited_for_long() -> None:
+    """The limit for a connection begins when the name is known, so that the look-up needs another."""
+    done = subprocess.run(
+        [sys.executable, "-c", NO_NAMES], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    ticks, *outcomes = done.stdout.split()
+    assert int(ticks) > 20
+    assert outcomes == ["DatabaseUnavailable"]
+
+
 def test_writers_take_turns_and_whoever_waits_too_long_is_told_so(database: Database, database_url: str) -> None:
     with raw(database_url) as other:
         other.execute("BEGIN")

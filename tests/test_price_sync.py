@@ -90,7 +90,7 @@ def test_only_changes_are_written_down() -> None:
         (quote(ODD, "1e-30"), "digits"),
         (quote(ODD, "0.04", currency="EUR"), "not in USD"),
         (quote(ODD, "0.04", unit=" "), "unit"),
-        (quote(ODD, "0.04", unit="x" * 99), "unit"),
+        (quote(ODD, "0.04", unit="x" * 61), "its unit has more than 60 characters"),
         (quote("no-model", "0.04"), "no model"),
     ],
 )
@@ -105,6 +105,26 @@ def test_a_price_that_makes_no_sense_is_refused_and_the_old_one_stays(bad: Quote
     fresh = planned([], answer(*good, bad))
     with pytest.raises(UnpricedModel):
         catalogue(fresh.words).price_of(bad.model)
+
+
+def test_names_that_are_too_long_are_refused_and_the_others_taken() -> None:
+    """They would stand in every row of a roll-up; and in the log they are cut."""
+    longest, longer = "acme/" + "n" * 195, "acme/" + "n" * 196
+    said = answer(
+        quote(longest, "0.04"),
+        quote("acme/unit", "0.04", unit="u" * 61),
+        quote("acme/new", "0.04", unit="u" * 60),
+        listed=(longer, "acme/" + "x" * 5000),
+    )
+    made = planned([], said)
+    assert sorted(change.why or "" for change in made.refused) == [
+        "its name has more than 200 characters",
+        "its name has more than 200 characters",
+        "its unit has more than 60 characters",
+    ]
+    assert max(len(change.model) for change in made.refused) <= 120
+    assert {one.model for one in made.words if one.standing == "priced"} == {longest, "acme/new"}
+    assert all(len(one.model) <= 200 for one in made.words)
 
 
 @pytest.mark.parametrize("price", ["4.01", "0.00039"])

@@ -11,8 +11,9 @@ import pytest
 
 from abhiapi import processes
 from abhiapi.db import Database
-from abhiapi.liveness import FileLock, lock_path, reap
+from abhiapi.liveness import FileLock, is_alive, lock_path, reap
 from tests.harness import environment
+from tests.rows import DEAD_PID
 
 HOLD_UNTIL_KILLED = """
 import subprocess, sys
@@ -111,10 +112,21 @@ def test_two_processes_do_not_mix_up_their_locks(path: Path) -> None:
     second.release()
 
 
+def test_a_look_at_who_lives_leaves_everything_as_it_is(path: Path) -> None:
+    lock = FileLock(path)
+    lock.take_place(7)
+    assert is_alive(path, 7, DEAD_PID)
+    lock._file.close()  # as the kernel does for one that was killed
+    assert not is_alive(path, 7, os.getpid())
+    assert lock_path(path, 7).exists()
+    assert [is_alive(path, 8, pid) for pid in (os.getpid(), DEAD_PID)] == [True, False]
+
+
+@pytest.mark.engines
 def test_a_process_runs_from_its_start_to_its_end(database: Database) -> None:
     first = database.write(lambda tx: processes.start(tx, pid=41, now_ms=1))
     second = database.write(lambda tx: processes.start(tx, pid=42, now_ms=2))
-    assert database.read(processes.running) == [(first, 41), (second, 42)]
+    assert database.read(processes.running) == [processes.Process(first, 41, 1), processes.Process(second, 42, 2)]
     database.write(lambda tx: processes.seen(tx, second, now_ms=5))
     database.write(lambda tx: processes.end(tx, first, now_ms=6))
-    assert database.read(processes.running) == [(second, 42)]
+    assert database.read(processes.running) == [processes.Process(second, 42, 2)]

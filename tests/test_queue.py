@@ -10,7 +10,9 @@ import pytest
 import requests
 
 from abhiapi.web import proxy
-from tests.harness import OPERATOR_KEY, Books, Fal, Server, until
+from tests.harness import OPERATOR_KEY, Books, Fal, Server, own, until
+
+pytestmark = pytest.mark.engines
 
 MODEL = "/queue/fal-ai/flux/dev"
 CAT = {"prompt": "a cat", "image_size": "landscape_4_3"}
@@ -202,7 +204,8 @@ def test_only_trusted_proxies_say_where_we_are(hops: int, headers: dict[str, str
 def test_a_status_stream_leads_here_and_ends_with_the_bill(shared_server: Server, books: Books, fal: Fal) -> None:
     account, key = books.account(1000)
     jobs = Jobs(shared_server, key)
-    request_id = jobs.job(weather="hold_until=stream-shown; queue_s=0.1")
+    gate = own("stream-shown")
+    request_id = jobs.job(weather=f"hold_until={gate}; queue_s=0.1")
     events = []
     with jobs.get(f"/queue/fal-ai/flux/requests/{request_id}/status/stream?logs=1", stream=True) as stream:
         for line in stream.iter_lines(chunk_size=None):
@@ -210,7 +213,7 @@ def test_a_status_stream_leads_here_and_ends_with_the_bill(shared_server: Server
                 events.append(json.loads(line[6:]))
                 if events[-1]["status"] == "IN_PROGRESS":
                     assert books.calls(account)[0].state == "sent"
-                    fal.release("stream-shown")
+                    fal.release(gate)
                 if events[-1]["status"] == "COMPLETED":
                     assert books.calls(account)[0].state == "settled"
             elif line.startswith(b": _billing "):
@@ -226,11 +229,12 @@ def test_a_status_that_has_shown_the_end_never_goes_back(shared_server: Server, 
     """Row 25 of B3: an answer kept from before the job's end, of either kind of status, is not shown after it."""
     _, key = books.account(1000)
     jobs = Jobs(shared_server, key)
-    request_id = jobs.job(weather="hold_until=shown-late; queue_s=0")
+    gate = own("shown-late")
+    request_id = jobs.job(weather=f"hold_until={gate}; queue_s=0")
     paths = [f"/queue/fal-ai/flux/requests/{request_id}/status?logs={logs}" for logs in (0, 1)]
     for path in paths:
         assert jobs.get(path).json()["_billing"]["credits_used"] == 0
-    fal.release("shown-late")
+    fal.release(gate)
     result = jobs.result_when_ready(request_id)
     for path in paths:
         shown = jobs.get(path)
@@ -242,11 +246,12 @@ def test_every_answer_about_a_job_names_it_and_its_call(shared_server: Server, b
     """fal-protocol 10.2, no. 9, and row 28 of B3: refusals of our own as well as what fal sends without a name."""
     _, key = books.account(1000)
     jobs = Jobs(shared_server, key)
-    submitted = jobs.submit(weather="hold_until=named; queue_s=0")
+    gate = own("named")
+    submitted = jobs.submit(weather=f"hold_until={gate}; queue_s=0")
     request_id = submitted.json()["request_id"]
     base = f"/queue/fal-ai/flux/requests/{request_id}"
     status, early = jobs.status(request_id), jobs.result(request_id)
-    fal.release("named")
+    fal.release(gate)
     result = jobs.result_when_ready(request_id)
     locked = {"match": f"queue/cancel/{request_id}", "status": 403}
     requests.post(fal.url + "/_sandbox/weather", json=locked, timeout=10).raise_for_status()
@@ -358,19 +363,21 @@ def test_nobody_gets_in_without_a_key(shared_server: Server) -> None:
 
 def test_a_job_that_cannot_be_paid_never_reaches_fal(shared_server: Server, books: Books, fal: Fal) -> None:
     _, key = books.account(1)
-    refused = Jobs(shared_server, key).submit(body={"prompt": "too-dear-a-job"})
+    marker = own("too-dear-a-job")
+    refused = Jobs(shared_server, key).submit(body={"prompt": marker})
     assert refused.status_code == 402
-    assert not fal.calls("too-dear-a-job")
+    assert not fal.calls(marker)
 
 
 def test_fal_sees_the_operators_credential_only(shared_server: Server, books: Books, fal: Fal) -> None:
     _, key = books.account(1000)
     jobs = Jobs(shared_server, key)
-    request_id = jobs.job(body={"prompt": "whose-key-is-this"})
+    marker = own("whose-key-is-this")
+    request_id = jobs.job(body={"prompt": marker})
     jobs.completed(request_id)
     jobs.result(request_id)
     jobs.cancel(request_id)
-    seen = fal.calls(request_id) + fal.calls("whose-key-is-this")
+    seen = fal.calls(request_id) + fal.calls(marker)
     assert len(seen) >= 4
     for call in seen:
         sent = {name.lower(): value for name, value in call["headers"]}

@@ -13,6 +13,7 @@ import requests
 
 from abhiapi import prices
 from tests.harness import Books, Fal, Server, own, until
+from tests.postgres import sweep_at_once
 from tests.test_queue import CAT, FLUX_MICROS, Jobs
 
 pytestmark = pytest.mark.engines
@@ -262,9 +263,12 @@ def test_a_job_that_nobody_asks_about_is_settled(fal: Fal, tmp_path: Path) -> No
         assert server.books.standing(account) == (5_000_000 - 60 * FLUX_MICROS, 0)
 
 
-def test_jobs_of_a_killed_server_are_settled_by_the_next(fal: Fal, tmp_path: Path) -> None:
+def test_jobs_of_a_killed_server_are_settled_by_the_next(
+    fal: Fal, tmp_path: Path, engine: str, database_url: str
+) -> None:
     gate = own("server-killed")
-    server = Server.start(tmp_path, fal.url, ABHIAPI_RECONCILE_INTERVAL_S="1")
+    settings = {"ABHIAPI_RECONCILE_INTERVAL_S": "1", "ABHIAPI_DATABASE_URL": database_url}
+    server = Server.start(tmp_path, fal.url, **settings)
     try:
         account, key = server.books.account(5000)
         customer = Jobs(server, key)
@@ -274,17 +278,21 @@ def test_jobs_of_a_killed_server_are_settled_by_the_next(fal: Fal, tmp_path: Pat
     finally:
         server.process.kill()
     fal.release(gate)
-    with Server.started(tmp_path, fal.url, ABHIAPI_RECONCILE_INTERVAL_S="1") as again:
+    with Server.started(tmp_path, fal.url, **settings) as again:
+        if engine == "postgresql":
+            sweep_at_once(again)
         until(lambda: again.books.standing(account)[1] == 0, what="no hold is left")
         assert {call.state for call in again.books.calls(account)} == {"settled"}
         assert again.books.standing(account) == (5_000_000 - 50 * FLUX_MICROS, 0)
         assert again.books.verify().problems == []
 
 
-def test_a_submit_under_way_when_the_server_was_killed_is_the_operators(fal: Fal, tmp_path: Path) -> None:
+def test_a_submit_under_way_when_the_server_was_killed_is_the_operators(
+    fal: Fal, tmp_path: Path, engine: str, database_url: str
+) -> None:
     """fal may have accepted the job: its hold is not given back in silence, as a plain call's is."""
-    server = Server.start(tmp_path, fal.url)
-    prompt = "killed while submitting"
+    server = Server.start(tmp_path, fal.url, ABHIAPI_DATABASE_URL=database_url)
+    prompt = own("killed while submitting")
     with ThreadPoolExecutor(2) as pool:
         try:
             account, key = server.books.account(5000)
@@ -297,7 +305,9 @@ def test_a_submit_under_way_when_the_server_was_killed_is_the_operators(fal: Fal
         finally:
             server.process.kill()
         assert all(isinstance(answer.exception(), requests.RequestException) for answer in lost)
-    with Server.started(tmp_path, fal.url) as again:
+    with Server.started(tmp_path, fal.url, ABHIAPI_DATABASE_URL=database_url) as again:
+        if engine == "postgresql":
+            sweep_at_once(again)
         ends = {call.mode: (call.state, call.reason) for call in again.books.calls(account)}
         assert ends == {"queue": ("unknown", "submit_outcome_unknown"), "sync": ("released", "process_died")}
         assert again.books.standing(account) == (5_000_000, FLUX_MICROS)

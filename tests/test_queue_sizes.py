@@ -19,12 +19,16 @@ from abhiapi.metering import Verdict, released
 from abhiapi.money import Micros
 from abhiapi.polls import FRESH_S
 from tests.harness import Books, Fal, Server, until
+from tests.postgres import sweep_at_once
 from tests.rows import flux
 from tests.test_queue import FLUX_MICROS, Jobs
 
-OPEN = 200
-RACED = 300
+pytestmark = pytest.mark.engines
+
+OPEN = {"sqlite": 200, "postgresql": 60}
+RACED = {"sqlite": 300, "postgresql": 60}
 ROWS = 300
+POLLS = {"sqlite": 1000, "postgresql": 300}
 THREADS = 16
 
 
@@ -34,13 +38,13 @@ def charges(books: Books, account: str) -> list[int | None]:
 
 
 def test_a_thousand_polls_and_a_hundred_results_at_once_are_one_charge(
-    shared_server: Server, books: Books, fal: Fal
+    shared_server: Server, books: Books, fal: Fal, engine: str
 ) -> None:
     """Rows 24 and 25 of B3: mixed, from the queue to the end; fal is asked for a status once in each moment."""
     account, key = books.account(1000)
     customer = Jobs(shared_server, key)
     request_id = customer.job(weather="queue_s=0.2; run_s=0.5")
-    asked = [customer.status] * 1000 + [customer.result] * 100
+    asked = [customer.status] * POLLS[engine] + [customer.result] * 100
     random.Random(24).shuffle(asked)
     started = time.monotonic()
     with ThreadPoolExecutor(32) as pool:
@@ -57,18 +61,22 @@ def test_a_thousand_polls_and_a_hundred_results_at_once_are_one_charge(
     assert books.verify().problems == []
 
 
-def test_pollers_and_the_reconcilers_of_two_processes_end_each_job_once(fal: Fal, tmp_path: Path) -> None:
+def test_pollers_and_the_reconcilers_of_two_processes_end_each_job_once(
+    fal: Fal, tmp_path: Path, engine: str, database_url: str
+) -> None:
     """Row 37 of B5: two servers on one database, each with its reconciler, and pollers of both, on the same jobs."""
+    settings = {"ABHIAPI_RECONCILE_INTERVAL_S": "1", "ABHIAPI_DATABASE_URL": database_url}
+    raced = RACED[engine]
     gate = f"raced {tmp_path.name}"
     with (
-        Server.started(tmp_path, fal.url, ABHIAPI_RECONCILE_INTERVAL_S="1") as first,
-        Server.started(tmp_path, fal.url, ABHIAPI_RECONCILE_INTERVAL_S="1") as second,
+        Server.started(tmp_path, fal.url, **settings) as first,
+        Server.started(tmp_path, fal.url, **settings) as second,
         ThreadPoolExecutor(THREADS) as pool,
     ):
-        account, key = first.books.account(RACED * 30)
+        account, key = first.books.account(raced * 30)
         customers = [Jobs(first, key), Jobs(second, key)]
-        ids = list(pool.map(lambda n: customers[n % 2].job(weather=f"hold_until={gate}"), range(RACED)))
-        assert first.books.standing(account) == (RACED * 30_000, RACED * FLUX_MICROS)
+        ids = list(pool.map(lambda n: customers[n % 2].job(weather=f"hold_until={gate}"), range(raced)))
+        assert first.books.standing(account) == (raced * 30_000, raced * FLUX_MICROS)
         fal.release(gate)
 
         def poll(number: int) -> tuple[str, str]:
@@ -77,41 +85,47 @@ def test_pollers_and_the_reconcilers_of_two_processes_end_each_job_once(fal: Fal
             shown = customer.completed(request_id) if number % 3 else customer.result_when_ready(request_id)
             return request_id, json.dumps(shown.json()["_billing"])
 
-        told = list(pool.map(poll, range(2 * RACED)))
+        told = list(pool.map(poll, range(2 * raced)))
         until(lambda: first.books.standing(account)[1] == 0, what="no hold is left")
-        assert len(set(told)) == RACED, "two pollers were told different charges for one job"
+        assert len(set(told)) == raced, "two pollers were told different charges for one job"
         ended = first.books.calls(account)
-        assert [(call.state, call.charged_micros) for call in ended] == [("settled", FLUX_MICROS)] * RACED
+        assert [(call.state, call.charged_micros) for call in ended] == [("settled", FLUX_MICROS)] * raced
         assert sorted(charges(first.books, account)) == sorted(call.call_id for call in ended)
-        assert first.books.standing(account) == (RACED * (30_000 - FLUX_MICROS), 0)
+        assert first.books.standing(account) == (raced * (30_000 - FLUX_MICROS), 0)
         assert first.books.verify().problems == []
 
 
-def test_a_kill_with_two_hundred_jobs_open_loses_and_doubles_none(fal: Fal, tmp_path: Path) -> None:
+def test_a_kill_with_many_jobs_open_loses_and_doubles_none(
+    fal: Fal, tmp_path: Path, engine: str, database_url: str
+) -> None:
     """Row 12 of B2: some are settled, some are being settled and some run when the process is killed."""
+    settings = {"ABHIAPI_RECONCILE_INTERVAL_S": "1", "ABHIAPI_DATABASE_URL": database_url}
+    jobs_open = OPEN[engine]
     gate = f"killed {tmp_path.name}"
-    server = Server.start(tmp_path, fal.url, ABHIAPI_RECONCILE_INTERVAL_S="1")
+    server = Server.start(tmp_path, fal.url, **settings)
     try:
-        account, key = server.books.account(OPEN * 30)
+        account, key = server.books.account(jobs_open * 30)
         customer = Jobs(server, key)
         with ThreadPoolExecutor(THREADS) as pool:
-            weathers = [f"hold_until={gate}{'-late' if number % 4 == 0 else ''}" for number in range(OPEN)]
+            weathers = [f"hold_until={gate}{'-late' if number % 4 == 0 else ''}" for number in range(jobs_open)]
             list(pool.map(lambda weather: customer.job(weather=weather), weathers))
-        assert server.books.standing(account) == (OPEN * 30_000, OPEN * FLUX_MICROS)
+        assert server.books.standing(account) == (jobs_open * 30_000, jobs_open * FLUX_MICROS)
         fal.release(gate)
         until(lambda: charges(server.books, account), what="the first is settled")
     finally:
         server.process.stop(signal.SIGKILL)
         server.process.kill()
     left = server.books.standing(account)[1] // FLUX_MICROS
-    assert left >= OPEN // 4
+    assert left >= jobs_open // 4
     fal.release(f"{gate}-late")
-    with Server.started(tmp_path, fal.url, ABHIAPI_RECONCILE_INTERVAL_S="1") as again:
+    with Server.started(tmp_path, fal.url, **settings) as again:
+        if engine == "postgresql":
+            sweep_at_once(again)  # which moves the dead process's turn to settle
         until(lambda: again.books.standing(account)[1] == 0, what="no hold is left")
         ended = again.books.calls(account)
-        assert [(call.state, call.charged_micros) for call in ended] == [("settled", FLUX_MICROS)] * OPEN
+        assert [(call.state, call.charged_micros) for call in ended] == [("settled", FLUX_MICROS)] * jobs_open
         assert sorted(charges(again.books, account)) == sorted(call.call_id for call in ended)
-        assert again.books.standing(account) == (OPEN * (30_000 - FLUX_MICROS), 0)
+        assert again.books.standing(account) == (jobs_open * (30_000 - FLUX_MICROS), 0)
         assert again.books.verify().problems == []
 
 
@@ -141,7 +155,9 @@ def sent(database: Database) -> tuple[str, list[calls.OpenCall]]:
     return name, database.write(make)
 
 
-def test_three_settlers_of_each_job_end_it_once(database: Database, sent: tuple[str, list[calls.OpenCall]]) -> None:
+def test_three_settlers_of_each_job_end_it_once(
+    database: Database, database_url: str, sent: tuple[str, list[calls.OpenCall]]
+) -> None:
     """Row 37 of B5, at the database: a charge, a release and a second charge, on connections of their own, at once."""
     account, opened = sent
     verdicts = [Verdict("settled", Micros(FLUX_MICROS)), released("client_cancelled"), Verdict("settled", Micros(1))]
@@ -149,7 +165,7 @@ def test_three_settlers_of_each_job_end_it_once(database: Database, sent: tuple[
 
     def settle(verdict: Verdict) -> list[int]:
         """The jobs that this settler was the first to end."""
-        own = database_at(f"sqlite:///{database.path}")
+        own = database_at(database_url)
         first = []
         for call in opened:
 

@@ -124,7 +124,7 @@ def test_one_process_at_a_time_looks_for_all(fal: Fal, database: Database, datab
     interval_ms = one.settings.reconcile_interval_s * 1000
     try:
         for _ in range(3):
-            racing = [gevent.spawn(reconcile.run_in_turn, rt) for rt in (one, other, one, other)]
+            racing = [gevent.spawn(reconcile.run_in_turn, rt) for rt in (one, other)]
             gevent.joinall(racing, raise_error=True)
             assert [each.value.looked_at for each in racing if each.value] == [1]
             clock.tick(interval_ms)
@@ -139,6 +139,43 @@ def test_one_process_at_a_time_looks_for_all(fal: Fal, database: Database, datab
         fal.release(gate)
         one.close()
         other.close()
+
+
+@pytest.mark.parametrize("minutes", [-10, -1, 1, 10])
+def test_a_machine_whose_clock_is_off_stops_no_rounds(
+    fal: Fal, database: Database, database_url: str, clock: Clock, minutes: int
+) -> None:
+    """It dies in a round, and nobody sees that: the other looks within twice the interval."""
+    wrong = Clock(clock.now_ms + minutes * 60_000)
+    one, other = started(database_url, fal, wrong), started(database_url, fal, clock)
+    interval_ms = other.settings.reconcile_interval_s * 1000
+    try:
+        assert reconcile.run_in_turn(one) is not None
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(reconcile, "run_once", lambda _: die())
+            with pytest.raises(Died):
+                reconcile.run_in_turn(one)
+        clock.tick(2 * interval_ms)
+        assert reconcile.run_in_turn(other) is not None
+    finally:
+        one.close()
+        other.close()
+
+
+def test_who_can_look_at_nothing_gives_way_to_others(fal: Fal, database: Database, database_url: str) -> None:
+    """Else a process without a way to fal would take every turn; alone it tries again as ever."""
+    blind, seeing = reconcile.Round(failed=2), reconcile.Round(looked_at=1, failed=1)
+    one = started(database_url, fal)
+    interval_ms = one.settings.reconcile_interval_s * 1000
+    try:
+        assert reconcile.pause_ms(one, blind, 4000) == interval_ms - 4000
+        other = started(database_url, fal)
+        assert reconcile.pause_ms(one, blind, 4000) == interval_ms
+        assert reconcile.pause_ms(one, seeing, 60_000) == reconcile.PAUSE_MS
+        assert reconcile.pause_ms(one, None, 0) == min(interval_ms, reconcile.LOOK_MS)
+        other.close()
+    finally:
+        one.close()
 
 
 class Died(BaseException):

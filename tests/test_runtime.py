@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import gevent
@@ -37,8 +36,8 @@ class Slow(Reads):
 
 
 @pytest.fixture
-def rt(tmp_path: Path, clock: Clock) -> Iterator[runtime.Runtime]:
-    made = runtime.start(server_settings(tmp_path), now_ms=clock, rules=())
+def rt(database_url: str, clock: Clock) -> Iterator[runtime.Runtime]:
+    made = runtime.start(server_settings(database_url), now_ms=clock, rules=())
     made.reader = Slow(made.reader)
     yield made
     made.close()

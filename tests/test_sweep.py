@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import gevent
 import pytest
 from sqlalchemy import text
 
-from abhiapi import calls, reports, runtime, sweep
-from abhiapi.liveness import lock_path
+from abhiapi import calls, db_postgres, reports, runtime, sweep
+from abhiapi.db_postgres import ServerLock
+from abhiapi.liveness import FileLock, lock_path
 from abhiapi.metering import Verdict
-from tests.harness import Clock
+from tests.harness import Clock, until
 from tests.rows import Customer, server_settings
+
+pytestmark = pytest.mark.engines
+
+
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock of a server's counts as free when it is seen so once; what the wait is for is test_postgres's."""
+    monkeypatch.setattr(db_postgres, "FREE_FOR_S", 0)
 
 
 @pytest.fixture
-def serving(tmp_path: Path, clock: Clock) -> Iterator[runtime.Runtime]:
+def serving(database_url: str, clock: Clock) -> Iterator[runtime.Runtime]:
     """A process that serves."""
-    made = runtime.start(server_settings(tmp_path), now_ms=clock, rules=())
+    made = runtime.start(server_settings(database_url), now_ms=clock, rules=())
     yield made
     made.close()
 
@@ -33,16 +41,20 @@ def customer(serving: runtime.Runtime, clock: Clock) -> Customer:
 
 
 @pytest.fixture
-def next_process(serving: runtime.Runtime, tmp_path: Path, clock: Clock) -> Iterator[runtime.Runtime]:
+def next_process(serving: runtime.Runtime, database_url: str, clock: Clock) -> Iterator[runtime.Runtime]:
     """Another one, which looks for what the first may have left."""
-    made = runtime.start(server_settings(tmp_path), now_ms=clock, rules=())
+    made = runtime.start(server_settings(database_url), now_ms=clock, rules=())
     yield made
     made.close()
 
 
 def die(rt: runtime.Runtime) -> None:
-    """The kernel drops the lock; the file that carried it stays."""
-    rt.lock._file.close()
+    """The kernel drops the lock, and the file that carried it stays; or PostgreSQL does, a moment later."""
+    if isinstance(rt.lock, FileLock):
+        rt.lock._file.close()
+    elif isinstance(rt.lock, ServerLock) and rt.lock._connection is not None:
+        rt.lock._connection.close()
+        until(lambda: rt.database.dead({rt.process_id: 0}), what="the server has noticed")
 
 
 def states(customer: Customer) -> dict[int, tuple[str, str | None]]:
@@ -79,13 +91,14 @@ def test_a_dead_process_loses_its_held_calls_and_only_those(
 
 
 def test_a_dead_process_is_told_to_have_ended_and_leaves_no_file(
-    serving: runtime.Runtime, customer: Customer, next_process: runtime.Runtime
+    serving: runtime.Runtime, customer: Customer, next_process: runtime.Runtime, engine: str
 ) -> None:
     die(serving)
     sweep.run_once(next_process)
     running = text("SELECT process_id FROM processes WHERE ended_at IS NULL AND pid > 1")
     assert customer.write(lambda tx: tx.all(running)) == [(next_process.process_id,)]
-    assert not lock_path(serving.database.path, serving.process_id).exists()
+    if engine == "sqlite":
+        assert not lock_path(serving.database.path, serving.process_id).exists()
 
 
 def test_more_calls_than_one_transaction_takes_are_all_released(
@@ -100,9 +113,9 @@ def test_more_calls_than_one_transaction_takes_are_all_released(
 
 
 def test_two_that_sweep_at_once_release_each_hold_once(
-    serving: runtime.Runtime, customer: Customer, next_process: runtime.Runtime, tmp_path: Path, clock: Clock
+    serving: runtime.Runtime, customer: Customer, next_process: runtime.Runtime, database_url: str, clock: Clock
 ) -> None:
-    third = runtime.start(server_settings(tmp_path), now_ms=clock, rules=())
+    third = runtime.start(server_settings(database_url), now_ms=clock, rules=())
     for _ in range(20):
         customer.admit()
     die(serving)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from abhiapi import processes, timers
 from abhiapi.db import Database
 from tests.harness import Clock
+
+pytestmark = pytest.mark.engines
 
 MINUTE, DAY = 60_000, 86_400_000
 

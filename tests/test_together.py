@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -15,11 +14,15 @@ import requests
 from sqlalchemy import select
 
 from abhiapi import tables, webhooks
-from tests.harness import Fal, Server, free_port, until
+from tests.harness import Fal, Server, free_port, own, until
+from tests.postgres import sweep_at_once
 from tests.receiver import Receiver
+
+pytestmark = pytest.mark.engines
 
 FLUX_MICROS = 26_250
 SETTINGS = {"ABHIAPI_WEBHOOK_ALLOW_LOOPBACK": "1", "ABHIAPI_RECONCILE_INTERVAL_S": "1"}
+WAVES = {"sqlite": 3, "postgresql": 2}
 MODEL = "fal-ai/flux/dev"
 
 
@@ -46,7 +49,7 @@ def submit(
 
 
 def test_a_submit_with_everything_is_one_job_one_charge_and_one_webhook(
-    fal: Fal, tmp_path: Path, receiver: Receiver
+    fal: Fal, tmp_path: Path, receiver: Receiver, database_url: str
 ) -> None:
     """failures.md B3-24, 26, 28: through either door, under one key, looked at by everybody at once."""
     port = free_port()
@@ -54,13 +57,14 @@ def test_a_submit_with_everything_is_one_job_one_charge_and_one_webhook(
         "PORT": str(port),
         "ABHIAPI_PUBLIC_URL": f"http://127.0.0.1:{port}",
         "ABHIAPI_FAL_REST_URL": f"{fal.url}/rest",
+        "ABHIAPI_DATABASE_URL": database_url,
     }
+    name = own("together")
     with Server.started(tmp_path, fal.url, **settings) as server, ThreadPoolExecutor(24) as pool:
         account, key = server.books.account(1000)
-        weather = "hold_until=together; queue_s=0"
+        weather = f"hold_until={name}; queue_s=0"
         several = [
-            pool.submit(submit, server, key, "together", receiver, weather=weather, by_target=bool(n % 2))
-            for n in range(20)
+            pool.submit(submit, server, key, name, receiver, weather=weather, by_target=bool(n % 2)) for n in range(20)
         ]
         answers = [one.result() for one in several]
         assert {one.status_code for one in answers} == {200}
@@ -68,7 +72,7 @@ def test_a_submit_with_everything_is_one_job_one_charge_and_one_webhook(
         assert sorted("idempotency-replayed" in one.headers for one in answers) == [False, *[True] * 19]
         job = f"{server.url}/queue/fal-ai/flux/requests/{request_id}"
         stream = pool.submit(requests.get, f"{job}/status/stream", headers={"x-api-key": key}, timeout=60)
-        fal.release("together")
+        fal.release(name)
         looks = [
             pool.submit(requests.get, f"{job}{part}", headers={"x-api-key": key}, timeout=60)
             for part in ("", "/status", "/response") * 10
@@ -78,15 +82,18 @@ def test_a_submit_with_everything_is_one_job_one_charge_and_one_webhook(
         (told,) = receiver.delivered(request_id)
         assert told.json["_billing"]["credits_used"] == 26.25
         assert server.books.standing(account) == (1_000_000 - FLUX_MICROS, 0)
-        assert len([call for call in fal.calls("together") if call["method"] == "POST"]) == 1
+        assert len([call for call in fal.calls(name) if call["method"] == "POST"]) == 1
         assert server.books.verify().problems == []
 
 
-def test_two_servers_on_one_database_are_one_service(fal: Fal, tmp_path: Path, receiver: Receiver) -> None:
+def test_two_servers_on_one_database_are_one_service(
+    fal: Fal, tmp_path: Path, receiver: Receiver, database_url: str
+) -> None:
     """As at a reload: whichever is asked, a key is one job, and a webhook is delivered by one of them."""
+    settings = SETTINGS | {"ABHIAPI_DATABASE_URL": database_url}
     with (
-        Server.started(tmp_path, fal.url, **SETTINGS) as first,
-        Server.started(tmp_path, fal.url, **SETTINGS) as second,
+        Server.started(tmp_path, fal.url, **settings) as first,
+        Server.started(tmp_path, fal.url, **settings) as second,
         ThreadPoolExecutor(24) as pool,
     ):
         account, key = first.books.account(1000)
@@ -103,17 +110,20 @@ def test_two_servers_on_one_database_are_one_service(fal: Fal, tmp_path: Path, r
         assert first.books.verify().problems == []
 
 
-def test_kills_between_repeats_make_no_second_job(fal: Fal, tmp_path: Path, receiver: Receiver) -> None:
+def test_kills_between_repeats_make_no_second_job(
+    fal: Fal, tmp_path: Path, receiver: Receiver, engine: str, database_url: str
+) -> None:
     """B3-28, B3-30: however often the server is killed while clients repeat, fal hears of each key once at most."""
     names: list[str] = []
-    server = Server.start(tmp_path, fal.url, **SETTINGS)
+    settings = SETTINGS | {"ABHIAPI_DATABASE_URL": database_url}
+    server = Server.start(tmp_path, fal.url, **settings)
     account, key = server.books.account(5000)
 
-    for wave in range(3):
+    for wave in range(WAVES[engine]):
         if wave:
-            server = Server.start(tmp_path, fal.url, **SETTINGS)
+            server = Server.start(tmp_path, fal.url, **settings)
         try:
-            new = [f"storm-{wave}-{n}-{os.getpid()}" for n in range(10)]
+            new = [own(f"storm-{wave}-{n}") for n in range(10)]
             names += new
             with ThreadPoolExecutor(16) as pool:
                 since = fal.total()
@@ -123,7 +133,9 @@ def test_kills_between_repeats_make_no_second_job(fal: Fal, tmp_path: Path, rece
                 server.process.kill()
         finally:
             server.process.kill()
-    with Server.started(tmp_path, fal.url, **SETTINGS) as server:
+    with Server.started(tmp_path, fal.url, **settings) as server:
+        if engine == "postgresql":
+            sweep_at_once(server)
         for name in names:
             submit(server, key, name, receiver)
         jobs = [call for call in server.books.calls(account) if call.fal_request_id]
@@ -142,18 +154,19 @@ def test_kills_between_repeats_make_no_second_job(fal: Fal, tmp_path: Path, rece
         assert len(settled) + len(lost) >= len(names)
         held = sum(call.held_micros for call in lost)
         assert server.books.standing(account) == (5_000_000 - len(settled) * FLUX_MICROS, held)
-
-        print(Counter(call.state for call in after))
         heard = [len([call for call in fal.calls(name) if call["method"] == "POST"]) for name in names]
         assert max(heard) == 1
         assert sum(heard) >= len(settled)
         assert server.books.verify().problems == []
 
 
-def test_an_end_in_order_waits_for_no_customers_host(fal: Fal, tmp_path: Path, receiver: Receiver) -> None:
+@pytest.mark.engines("sqlite")  # who hangs there is the customer's host
+def test_an_end_in_order_waits_for_no_customers_host(
+    fal: Fal, tmp_path: Path, receiver: Receiver, database_url: str
+) -> None:
     """SIGTERM while a webhook hangs: the server ends all the same (the next one delivers: `test_webhooks`)."""
     receiver.hold = threading.Event()
-    server = Server.start(tmp_path, fal.url, **SETTINGS)
+    server = Server.start(tmp_path, fal.url, **SETTINGS, ABHIAPI_DATABASE_URL=database_url)
     try:
         _, key = server.books.account(1000)
         request_id = submit(server, key, "sigterm", receiver).json()["request_id"]

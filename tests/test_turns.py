@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import gevent
 import pytest
 from sqlalchemy import select
 
+from abhiapi import processes as ended
 from abhiapi import runtime, tables, timers, turns
 from tests.harness import Clock
 from tests.rows import server_settings
@@ -20,9 +20,9 @@ UNTIL = select(tables.timers.c.claimed_until)
 
 
 @pytest.fixture
-def processes(database_url: str, tmp_path: Path, clock: Clock) -> Iterator[list[runtime.Runtime]]:
+def processes(database_url: str, clock: Clock) -> Iterator[list[runtime.Runtime]]:
     """Two over one database."""
-    settings = server_settings(tmp_path, ABHIAPI_DATABASE_URL=database_url, ABHIAPI_WEBHOOK_KEY="A" * 43 + "=")
+    settings = server_settings(database_url)
     made = [runtime.start(settings, now_ms=clock, rules=()) for _ in range(2)]
     yield made
     for rt in made:
@@ -70,6 +70,48 @@ def test_the_turn_of_a_dead_process_moves_when_its_lease_ends(processes: list[ru
     assert not take(other)
     clock.tick()
     assert take(other)
+
+
+def test_who_had_the_last_turn_waits_for_nobody(processes: list[runtime.Runtime], clock: Clock) -> None:
+    """Alone, a process works at the pace of its loop: whatever its clock does, and where a turn was not given back."""
+
+    class Lost(BaseException):
+        pass
+
+    def be_lost() -> None:
+        raise Lost
+
+    one, other = processes
+    assert take(one)
+    assert take(one)
+    clock.tick(-30_000)
+    assert take(one)
+    with pytest.raises(Lost):
+        take(one, be_lost)
+    assert not take(other)
+    assert take(one)
+
+
+def test_whose_process_has_ended_makes_nobody_wait(processes: list[runtime.Runtime], clock: Clock) -> None:
+    """After a restart open jobs are looked at right away."""
+    one, other = processes
+    assert take(one)
+    assert not take(other)
+    one.write(lambda tx: ended.end(tx, one.process_id, now_ms=clock.now_ms))
+    assert take(other)
+
+
+def test_work_that_outlasts_its_turn_counts_as_done(processes: list[runtime.Runtime], clock: Clock) -> None:
+    one, other = processes
+
+    def late() -> None:
+        clock.tick(turns.LEASE_MS)
+        with pytest.raises(ZeroDivisionError):
+            take(other, lambda: 1 // 0)
+        clock.tick()
+
+    assert take(one, late)
+    assert one.database.read(lambda tx: timers.done_at(tx, "work")) == clock.now_ms
 
 
 def test_work_that_failed_is_tried_again_after_the_interval(processes: list[runtime.Runtime], clock: Clock) -> None:

@@ -39,6 +39,7 @@ __all__ = ["desk", "desk_with", "known", "receiver"]  # fixtures
 # --- made and delivered -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.engines
 def test_a_settled_job_is_told_once_with_its_charge(desk: Desk, receiver: Receiver) -> None:
     account, (job,) = desk.wanting(receiver.url("/hook?token=secret"))
     desk.deliveries.run_until_idle()
@@ -64,6 +65,7 @@ def test_a_settled_job_is_told_once_with_its_charge(desk: Desk, receiver: Receiv
     assert (row.state, row.attempts, row.last_status, row.last_error) == ("delivered", 1, 200, None)
 
 
+@pytest.mark.engines
 def test_a_failed_attempt_is_repeated_with_the_same_bytes(desk: Desk, receiver: Receiver) -> None:
     receiver.statuses = [500, 404]
     _, (job,) = desk.wanting(receiver.url())
@@ -82,6 +84,7 @@ def test_a_failed_attempt_is_repeated_with_the_same_bytes(desk: Desk, receiver: 
     assert is_signed(desk.rt.webhook_key.jwks(), last)
 
 
+@pytest.mark.engines
 def test_after_a_day_of_failures_it_is_given_up_and_can_be_resent(
     desk: Desk, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -253,6 +256,7 @@ def test_no_proxy_of_the_environment_is_asked(desk: Desk, receiver: Receiver, mo
 # --- many, and several at work ----------------------------------------------------------------------------------
 
 
+@pytest.mark.engines
 def test_a_host_that_does_not_answer_keeps_no_other_account_waiting(desk: Desk, receiver: Receiver) -> None:
     with Receiver.started() as dead:
         dead.hold = threading.Event()
@@ -270,6 +274,7 @@ def test_a_host_that_does_not_answer_keeps_no_other_account_waiting(desk: Desk, 
         assert len(dead.deliveries) == len(stuck)
 
 
+@pytest.mark.engines
 def test_while_every_place_is_taken_no_account_is_looked_at(
     desk: Desk, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +298,7 @@ def test_while_every_place_is_taken_no_account_is_looked_at(
     assert {desk.row(job).state for job in told} == {"delivered"}
 
 
+@pytest.mark.engines
 def test_of_two_payloads_the_first_counts(desk: Desk, receiver: Receiver) -> None:
     """fal's delivery and our own making of it may meet."""
     _, (job,) = desk.wanting(receiver.url())
@@ -312,6 +318,7 @@ def until_here(condition: Callable[[], bool]) -> None:
             gevent.sleep(0.01)
 
 
+@pytest.mark.engines
 def test_two_processes_deliver_each_once(desk: Desk, receiver: Receiver) -> None:
     _, found = desk.wanting(receiver.url(), 20)
     desk.settle()
@@ -321,6 +328,7 @@ def test_two_processes_deliver_each_once(desk: Desk, receiver: Receiver) -> None
     assert {desk.row(job).state for job in found} == {"delivered"}
 
 
+@pytest.mark.engines
 def test_what_a_killed_process_was_at_is_taken_up_again(desk: Desk, receiver: Receiver) -> None:
     """The kill left a lease behind, first while the payload was made, then while it was delivered."""
     _, (job,) = desk.wanting(receiver.url())
@@ -342,6 +350,7 @@ def test_what_a_killed_process_was_at_is_taken_up_again(desk: Desk, receiver: Re
     assert [one.json for one in receiver.deliveries] == [{"made": 1}]
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("site", ["desk", "known"])
 def test_a_payload_that_was_being_made_at_a_kill_is_made_half_a_minute_later(
     request: pytest.FixtureRequest, site: str, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
@@ -369,6 +378,7 @@ def test_a_payload_that_was_being_made_at_a_kill_is_made_half_a_minute_later(
     assert len(receiver.deliveries) == 1
 
 
+@pytest.mark.engines
 def test_old_payloads_are_forgotten_with_the_secrets_of_their_urls(desk: Desk, receiver: Receiver) -> None:
     _, (job,) = desk.wanting(receiver.url("/hook?token=secret"))
     desk.settle()
@@ -384,6 +394,7 @@ def test_old_payloads_are_forgotten_with_the_secrets_of_their_urls(desk: Desk, r
         desk.books.write(lambda tx: webhooks.resend(tx, job.call.call_id, now_ms=desk.clock.now_ms))
 
 
+@pytest.mark.engines
 def test_a_large_payload_is_forgotten_once_it_was_delivered(desk: Desk, receiver: Receiver) -> None:
     """Pictures as data URIs would fill the disk; one that could not be delivered is kept for the operator."""
     large = f"size_bytes={webhooks.DELIVERED_KEPT_BYTES + 1}"
@@ -398,6 +409,7 @@ def test_a_large_payload_is_forgotten_once_it_was_delivered(desk: Desk, receiver
         )
 
 
+@pytest.mark.engines
 def test_a_running_job_or_an_unknown_call_is_not_resent(desk: Desk, receiver: Receiver) -> None:
     _, (job,) = desk.wanting(receiver.url())
     with pytest.raises(Refused, match="not ended"):
@@ -406,6 +418,7 @@ def test_a_running_job_or_an_unknown_call_is_not_resent(desk: Desk, receiver: Re
         desk.books.write(lambda tx: webhooks.resend(tx, 7, now_ms=1))
 
 
+@pytest.mark.engines
 def test_trouble_at_fal_delays_the_payload(desk: Desk, receiver: Receiver) -> None:
     _, (job,) = desk.wanting(receiver.url())
     desk.settle()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import gevent
 import pytest
 import requests
+from sqlalchemy import text
 
 from abhiapi import (
     calls,
@@ -45,6 +46,7 @@ def test_fal_is_given_a_url_of_ours(known: Desk, receiver: Receiver) -> None:
     assert query == f"x=1&fal_webhook={requests.utils.quote(ours, safe='')}"
 
 
+@pytest.mark.engines
 def test_fals_delivery_settles_and_is_passed_on_byte_for_byte(known: Desk, receiver: Receiver) -> None:
     account, (job,) = known.wanting(receiver.url())
     body = fals_body(job)
@@ -61,6 +63,7 @@ def test_fals_delivery_settles_and_is_passed_on_byte_for_byte(known: Desk, recei
     assert len([entry for entry in known.books.entries(account) if entry.kind == "charge"]) == 1
 
 
+@pytest.mark.engines
 def test_where_fal_does_not_deliver_we_do_after_a_while(known: Desk, receiver: Receiver) -> None:
     _, (job,) = known.wanting(receiver.url())
     known.settle()
@@ -122,17 +125,15 @@ def test_another_user_of_fal_is_refused_where_ours_is_set(desk_with: Callable[..
     assert refusal(desk, job, fals_body(job)) is WebhookSignatureInvalid
 
 
+@pytest.mark.engines
 def test_fal_may_be_faster_than_our_row(known: Desk) -> None:
     """A submit on its way is asked for again; a call that has ended, or that never was, is not."""
     _, (job,) = known.wanting("https://x.example/")
     body = fals_body(job)
 
     def lose(state: str, finished_at: int | None) -> type[AbhiError]:
-        known.books.write(
-            lambda tx: tx._connection.execute(  # type: ignore[func-returns-value]
-                "UPDATE calls SET state = ?, finished_at = ?, fal_request_id = NULL", (state, finished_at)
-            )
-        )
+        change = text("UPDATE calls SET state = :state, finished_at = :finished_at, fal_request_id = NULL")
+        known.books.write(lambda tx: tx.run(change, state=state, finished_at=finished_at))
         with pytest.raises(AbhiError) as refused:
             known.receive(job, body)
         return type(refused.value)
@@ -172,6 +173,7 @@ def test_without_fals_keys_it_is_asked_to_come_again(known: Desk, receiver: Rece
         known.receive(job, fals_body(job))
 
 
+@pytest.mark.engines
 def test_a_job_whose_result_cannot_be_had_is_asked_to_come_again(known: Desk, receiver: Receiver) -> None:
     _, (job,) = known.wanting(receiver.url())
     match = f"queue/result/{job.request_id}"
@@ -182,6 +184,7 @@ def test_a_job_whose_result_cannot_be_had_is_asked_to_come_again(known: Desk, re
     assert known.row(job).state == "due"
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("body", [b"x" * (webhookwire.PAYLOAD_BYTES_MAX + 1), b"[1]", b"\xff"])
 def test_a_signed_body_that_cannot_be_kept_still_ends_the_job(known: Desk, receiver: Receiver, body: bytes) -> None:
     account, (job,) = known.wanting(receiver.url())
@@ -191,6 +194,7 @@ def test_a_signed_body_that_cannot_be_kept_still_ends_the_job(known: Desk, recei
     assert receiver.deliveries[0].json["payload"]["images"]
 
 
+@pytest.mark.engines
 def test_settlers_racing_with_fals_delivery_end_it_once(known: Desk, receiver: Receiver) -> None:
     """Row 37 of B5, with the webhook as one of them."""
     account, found = known.wanting(receiver.url(), 5)

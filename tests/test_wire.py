@@ -104,10 +104,19 @@ def test_however_often_an_allowed_path_is_decoded_it_stays_in_its_place(parts: l
         ("/fal-ai/flux/dev/stream/", "fal-ai/flux/dev", True),
         ("/fal-ai/stream/dev", "fal-ai/stream/dev", False),
         ("/fal-ai/upstream", "fal-ai/upstream", False),
+        (f"/fal-ai/{'x' * 5000}/stream", f"fal-ai/{'x' * 5000}", True),
     ],
 )
 def test_a_models_price_covers_its_stream(path: str, model: str, streamed: bool) -> None:
     assert wire.endpoint_of(path) == (model, streamed)
+
+
+def test_only_short_paths_are_remembered() -> None:
+    """What anybody may send must not pile up here."""
+    wire._known_endpoint.cache_clear()
+    for path in ("/fal-ai/flux/dev", "/" + "x" * 5000):
+        wire.endpoint_of(path)
+    assert wire._known_endpoint.cache_info().currsize == 1
 
 
 @pytest.mark.parametrize("path", ["/", "", "/fal-ai/../tokens", "/fal-ai/flux/dev%2f"])

@@ -22,9 +22,9 @@ from abhiapi.db import Database
 from abhiapi.ids import call_text
 from abhiapi.settings import Settings
 from abhiapi.webhook_delivery import Deliveries
-from tests.harness import OPERATOR_KEY, Books, Clock, Fal, until
+from tests.harness import OPERATOR_KEY, WEBHOOK_KEY, Books, Clock, Fal, until
 from tests.receiver import Receiver
-from tests.test_queue_settlement import is_done, placed
+from tests.test_reconciler import is_done, placed
 
 PUBLIC_URL = "https://fal.example.com"
 USER_ID = "fal-user"
@@ -89,7 +89,7 @@ def fals_body(job: jobs.Job) -> bytes:
 
 
 @pytest.fixture
-def desk_with(database: Database, fal: Fal) -> Iterator[Callable[..., Desk]]:
+def desk_with(database: Database, database_url: str, fal: Fal) -> Iterator[Callable[..., Desk]]:
     made: list[Desk] = []
     clock = Clock(time.time_ns() // 1_000_000)
     with Receiver.started() as keys_page:
@@ -99,7 +99,8 @@ def desk_with(database: Database, fal: Fal) -> Iterator[Callable[..., Desk]]:
                 Settings.from_env(
                     {
                         "FAL_KEY": OPERATOR_KEY,
-                        "ABHIAPI_DATABASE_URL": f"sqlite:///{database.path}",
+                        "ABHIAPI_DATABASE_URL": database_url,
+                        "ABHIAPI_WEBHOOK_KEY": WEBHOOK_KEY,
                         "ABHIAPI_FAL_RUN_URL": fal.url,
                         "ABHIAPI_FAL_QUEUE_URL": f"{fal.url}/queue",
                         "ABHIAPI_FAL_REST_URL": keys_page.url(""),

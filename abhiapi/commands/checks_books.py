@@ -5,14 +5,14 @@ Looks only. Each check answers how things are and, where they are not well, what
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
-from abhiapi import accounts, alerts, fal_bill, price_problems, prices, pricing, processes, reports, serving, vitals
+from abhiapi import accounts, alerts, fal_bill, price_problems, prices, pricing, reports, serving, vitals
 from abhiapi.commands.checks import Check
 from abhiapi.commands.checks_place import is_real
 from abhiapi.db import Tx
 from abhiapi.ids import time_text
+from abhiapi.processes import Process
 from abhiapi.settings import Settings
 from abhiapi.timers import done_at
 from abhiapi.vitals import Vitals
@@ -24,11 +24,12 @@ COMPARED_OLD_MS = 4 * DAY_MS  # a comparison reads to a day or so ago
 GRAVE = ("fal_account", "parked_charge")
 
 
-def examine(tx: Tx, settings: Settings, now_ms: int, *, are_pids_ours: bool) -> list[Check]:
-    """``are_pids_ours``: whether all that serve this database run on this machine."""
+def examine(tx: Tx, settings: Settings, now_ms: int, serving_now: list[Process]) -> list[Check]:
+    """``serving_now``: the processes that serve this database, on whatever machine."""
     seen = vitals.read(tx, bill_bookmark=fal_bill.BOOKMARK)
     return [
-        _work(tx, seen, settings, now_ms, are_pids_ours),
+        _processes(serving_now, settings, now_ms),
+        _work(tx, seen, settings, now_ms, serving_now),
         *_alerts(tx),
         _backups(seen, settings, now_ms),
         _bill(seen, now_ms),
@@ -37,9 +38,27 @@ def examine(tx: Tx, settings: Settings, now_ms: int, *, are_pids_ours: bool) -> 
     ]
 
 
-def _work(tx: Tx, seen: Vitals, settings: Settings, now_ms: int, are_pids_ours: bool) -> Check:
+def _processes(serving_now: list[Process], settings: Settings, now_ms: int) -> Check:
+    """Whether those that serve count limits together. After a reload two serve for a while, the old one to its end."""
+    count = len(serving_now)
+    if count == 0:
+        return Check("processes", "ok", "none serves this database")
+    if count == 1:
+        return Check("processes", "ok", "1 serves this database")
+    if not settings.limits_url.startswith("memory"):
+        return Check("processes", "ok", f"{count} serve this database, and count limits together")
+    message = (
+        f"{count} serve this database and each counts limits for itself, so that a key is let do {count} times what "
+        "it may: set ABHIAPI_LIMITS_URL to one Redis for all of them, or stop all but one"
+    )
+    newest = max(process.started_at for process in serving_now)
+    if now_ms - newest < settings.drain_s * 1000:
+        return Check("processes", "warn", f"{message}; unless one is the old one of a reload, which ends by itself")
+    return Check("processes", "fail", message)
+
+
+def _work(tx: Tx, seen: Vitals, settings: Settings, now_ms: int, serving_now: list[Process]) -> Check:
     """Whether somebody settles what customers do not come back for."""
-    serving_now = [process_id for process_id, pid in processes.running(tx) if not are_pids_ours or _lives(pid)]
     waiting = sum(holds.count for state, holds in seen.holds.items() if state != "unknown")
     noted_at = done_at(tx, vitals.ROUND)
     if not serving_now:
@@ -53,16 +72,6 @@ def _work(tx: Tx, seen: Vitals, settings: Settings, now_ms: int, are_pids_ours: 
             f"a server runs, and its reconciler last came through at {time_text(noted_at)}: see its log, restart it",
         )  # fmt: skip
     return Check("reconciler", "ok", "it came through a moment ago" if noted_at else "it has not come through yet")
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _alerts(tx: Tx) -> Iterator[Check]:

@@ -7,7 +7,6 @@ an existing file, a restore keeps the file it replaces beside the new one.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import sqlite3
@@ -22,7 +21,7 @@ from abhiapi.audit import Finding
 from abhiapi.db import CLI_PATIENCE_S
 from abhiapi.db_sqlite import APPLICATION_ID, SqliteDatabase, translated
 from abhiapi.errors import Refused, SchemaError
-from abhiapi.liveness import reap
+from abhiapi.liveness import is_locked, reap
 from abhiapi.migrations import migrate
 
 _BESIDE = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a database
@@ -151,17 +150,8 @@ def check_nobody_serves(path: Path, why: str) -> None:
     for lock in path.parent.glob(f"{path.name}.*"):
         number = lock.name.removeprefix(f"{path.name}.process-")
         starting = lock.name.startswith(f"{path.name}.starting-")
-        if (number.isdecimal() and not reap(path, int(number), os.getpid())) or (starting and _is_locked(lock)):
+        if (number.isdecimal() and not reap(path, int(number), os.getpid())) or (starting and is_locked(lock)):
             raise Refused(f"a server is running on {path}: stop it first, then {why}")
-
-
-def _is_locked(path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def _swap(arriving: Path, path: Path) -> Path | None:

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 def doctor(offline: bool, as_json: bool) -> None:
     """Check that everything is as it should be.
 
-    Looks at settings, files and their rights, the database, prices, margins, open holds, the ledger, alerts, backups
-    and the reconciler; asks fal whether it takes the credential and what time it is, and this service at its public
-    address. Prints a line for each check: ok, warn, or fail with what to do. Exits with 1 when something needs you.
-    Changes nothing, and runs beside a serving proxy.
+    Looks at settings, files and their rights, the database and what serves it, prices, margins, open holds, the
+    ledger, alerts, backups and the reconciler; asks fal whether it takes the credential and what time it is, and this
+    service at its public address. Prints a line for each check: ok, warn, or fail with what to do. Exits with 1 when
+    something needs you. Changes nothing, and runs beside a serving proxy.
 
     \b
     Examples:
@@ -63,8 +63,10 @@ def _all(offline: bool) -> Iterator[Check]:
         database = library.db.database_at(settings.database_url)
         try:
             now = session.now_ms()
-            is_file = settings.database_url.startswith("sqlite")
-            yield from database.read(lambda tx: checks_books.examine(tx, settings, now, are_pids_ours=is_file))
+            running = database.read(library.processes.running)
+            living = database.living({process.process_id: process.pid for process in running})
+            serving = [process for process in running if process.process_id in living]
+            yield from database.read(lambda tx: checks_books.examine(tx, settings, now, serving))
         except AbhiError as error:
             yield checks.Check("books", "fail", error.message)
     if not offline:

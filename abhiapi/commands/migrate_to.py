@@ -28,10 +28,10 @@ def migrate_to(url: str, as_json: bool) -> None:
     from abhiapi.commands import transfer
     from abhiapi.db_postgres import PostgresDatabase
     from abhiapi.db_sqlite import SqliteDatabase
-    from abhiapi.settings import database_url_of
+    from abhiapi.setting_forms import database_url
 
     try:
-        there = library.db.database_at(database_url_of(url))
+        there = library.db.database_at(database_url(url))
     except ValueError as error:
         raise BadRequest(f"POSTGRES_URL {error}") from error
     here = library.db.database_at(session.settings().database_url)

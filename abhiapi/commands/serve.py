@@ -58,9 +58,8 @@ def serve(with_sandbox: bool, demo: bool, bind: str, workers: int) -> None:
         os.environ["ABHIAPI_BANNER"] = serving.demo_banner(
             base_url, key, link, settings.shown_database_url, is_offered=is_offered
         )
-    arguments = ["-c", "python:abhiapi.gunicorn_config", "-b", bind, "-w", str(workers), "abhiapi.wsgi:app"]
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "gunicorn", *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", "gunicorn", *serving.gunicorn_arguments(bind, workers)])
 
 
 @click.command()
