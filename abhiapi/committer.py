@@ -123,7 +123,7 @@ class GroupCommitter:
                     log.exception("a group of %d writes failed", len(group))
                     self._disconnect()
                     for ticket in group:
-                        if not ticket.done.is_set():
+                        if not ticket.done.is_set():  # else it is written, or was told of an error of its own
                             ticket.error = ticket.error or error
                             ticket.done.set()
                 else:
@@ -174,6 +174,8 @@ class GroupCommitter:
                         except DatabaseUnavailable:
                             raise
                         except Exception as error:
+                            if session.tx.is_writing_sums and len(group) > 1:
+                                raise _SumsRefused from error  # its own sums, or those of others before it
                             ticket.error = error
                             if session.is_spoilt() or session.changes() != before:
                                 return False

@@ -26,6 +26,7 @@ BOUNDS = sorted({-(-step * 10**power // 100) for power in range(16) for step in 
 
 _o = tables.observed_costs.c
 _r = tables.hold_raises.c
+_c = tables.calls.c
 _COUNT = (
     update(tables.observed_costs)
     .where(_o.model == bindparam("of_model"), _o.up_to_micros == bindparam("bound"))
@@ -59,11 +60,12 @@ _HALVE = (
     .values(calls=(_o.calls + 1) // 2, over_hold=(_o.over_hold + 1) // 2)
 )
 _SHARE = select(func.sum(_o.calls), func.sum(_o.over_hold)).where(_o.model == bindparam("of_model"))
-_LAST = (
-    select(_o.model, tables.calls.c.call_id, tables.calls.c.held_micros, tables.calls.c.charged_micros)
-    .join_from(tables.observed_costs, tables.calls, _o.last_call_id == tables.calls.c.call_id)
-    .order_by(_o.model, tables.calls.c.call_id)
-)
+_l = select(_o.model, func.max(_o.last_call_id).label("call_id")).group_by(_o.model).subquery("last").c
+# The two figures as expressions: as a join PostgreSQL may read all calls for it.
+_LAST = select(
+    _l.model, _l.call_id,
+    *(select(_c[name]).where(_c.call_id == _l.call_id).scalar_subquery() for name in ("held_micros", "charged_micros")),
+).order_by(_l.model)  # fmt: skip
 
 
 def note(tx: Tx, model: str, call_id: int, charged_micros: Micros, *, held_micros: Micros, now_ms: int) -> None:
@@ -108,10 +110,9 @@ def age(tx: Tx) -> None:
 
 def over_hold(tx: Tx) -> list[tuple[str, int, Micros, Micros]]:
     """Models whose last charge passed its hold: (model, call, held, charged)."""
-    last = {row[0]: row for row in tx.all(_LAST)}
     return [
         (model, call_id, Micros(held), Micros(charged))
-        for model, call_id, held, charged in last.values()
+        for model, call_id, held, charged in tx.all(_LAST)
         if charged > held + 1
     ]
 

@@ -78,11 +78,12 @@ class RollUp:
 class Tx(ABC):
     """An open transaction: runs Core statements with named parameters. Hands out plain tuples."""
 
-    __slots__ = ("_sums", "added")
+    __slots__ = ("_sums", "added", "is_writing_sums")
 
     def __init__(self) -> None:
         self._sums: dict[tuple[Any, ...], tuple[RollUp, dict[str, Any]]] = {}
         self.added = 0  # grows with everything that is added up
+        self.is_writing_sums = False  # also after it has failed: an error is that of the sums, whoever had them written
 
     def add_up(
         self, roll_up: RollUp, *, of: Mapping[str, Any], more: Mapping[str, int], last: Mapping[str, Any] | None = None
@@ -104,6 +105,11 @@ class Tx(ABC):
 
     def write_sums(self) -> None:
         """Write what was added up. Whoever ends a transaction that writes calls it before."""
+        self.is_writing_sums = True
+        self._write_sums()
+        self.is_writing_sums = False
+
+    def _write_sums(self) -> None:
         while self._sums:
             roll_up, sums = self._sums.pop(next(iter(self._sums)))
             if self.run(roll_up.move, **sums) == 0:
@@ -112,6 +118,7 @@ class Tx(ABC):
     def forget_sums(self) -> None:
         """The transaction that they belong to is undone."""
         self._sums.clear()
+        self.is_writing_sums = False
 
     def check_sums(self) -> None:
         """Raises `AssertionError` where something that was added up would be lost by a commit."""

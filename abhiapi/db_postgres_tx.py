@@ -121,25 +121,25 @@ class Statements:
     def __init__(self) -> None:
         self._dialect = PGDialect_psycopg()  # type: ignore[no-untyped-call]
         self._compiled: dict[tuple[int, bool], Compiled] = {}
-        self._together: dict[tuple[int, int], bytes] = {}
+        self._together: dict[tuple[bytes, int, int], bytes] = {}
         self._moves: dict[tuple[int, ...], bytes] = {}
 
     def of(self, statement: Executable, *, returning_key: bool = False) -> Compiled:
         known = self._compiled.get((id(statement), returning_key))
         if known is None:
-            known = Compiled(statement, self._dialect, returning_key=returning_key)
-            self._compiled[id(statement), returning_key] = known
+            made = Compiled(statement, self._dialect, returning_key=returning_key)
+            known = self._compiled.setdefault((id(statement), returning_key), made)  # for ever: its id is a key, too
         return known
 
     def together(self, form: bytes, first: Compiled, second: Compiled) -> bytes:
         """Two statements as one, made once; the first's values are named ``a_...``."""
-        known = self._together.get((id(first), id(second)))
+        known = self._together.get((form, id(first), id(second)))
         if known is None:
             then = second.sql
             if form is _THEN:
                 then = then.replace(b" VALUES (", b" SELECT ", 1).removesuffix(b")")
             known = form % (_renamed(first.sql, b"a_"), then)
-            self._together[id(first), id(second)] = known
+            self._together[form, id(first), id(second)] = known
         return known
 
     def all_of(self, moves: Sequence[Compiled]) -> bytes:
@@ -182,7 +182,7 @@ class PostgresTx(Tx):
     def one_then(self, first: Written, then: Written) -> Row | None:
         return self._one_of_both(_THEN, first, then)
 
-    def write_sums(self) -> None:
+    def _write_sums(self) -> None:
         """As everywhere, a few rows in one statement."""
         while self._sums:
             some = [self._sums.pop(key) for key in list(self._sums)[:SUMS_AT_ONCE]]

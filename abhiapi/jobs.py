@@ -41,7 +41,12 @@ _JOB = select(
 _FIND = _JOB.where(_c.fal_request_id == bindparam("request_id"), _IS_QUEUED, _c.account_id == bindparam("account"))
 _BY_CALL = _JOB.where(_c.call_id == bindparam("call"), _IS_QUEUED)
 _TAKEN = select(_c.call_id).where(_c.fal_request_id == bindparam("request_id"), _IS_QUEUED)
-_SENT = _JOB.where(_IS_OPEN, _IS_SENT, _c.call_id > bindparam("after")).order_by(_c.call_id).limit(bindparam("most"))
+# Beyond an id, but by the index of open calls: both engines would rather read all ids, SQLite all calls for it.
+_SENT = (
+    _JOB.where(_IS_OPEN, _IS_SENT, _c.call_id + 0 > bindparam("after"))
+    .order_by(_c.call_id + 0)
+    .limit(bindparam("most"))
+)
 _PRICE = select(_p.unit, _p.unit_price_usd, _p.fal_unit_price_usd, _p.source).where(
     _p.price_id == bindparam("price_id")
 )

@@ -170,6 +170,20 @@ def test_no_statement_reads_all_calls_or_entries(database: Database, name: str) 
     assert scans == []
 
 
+@pytest.mark.parametrize(
+    "name",
+    "jobs._SENT calls._OVERDUE calls._OF_PROCESS calls._HOLDING vitals._HOLDS following._OPEN lookups._OPEN"
+    " alerts._OLDEST_OPEN alerts._UNKNOWN_BY_MODEL".split(),
+)
+def test_what_looks_for_open_calls_reads_no_others(database: Database, name: str) -> None:
+    """Asked every few seconds, by the reconciler in the event loop: a search by ids would read every call there is."""
+    compiled = STATEMENTS[name].compile(dialect=sqlite_dialect.dialect())  # type: ignore[attr-defined]
+    with closing(database.connect()) as connection:
+        query = f"EXPLAIN QUERY PLAN {compiled}"
+        plan = [row[3] for row in connection.execute(query, [None] * len(compiled.positiontup or ()))]
+    assert [step for step in plan if re.search(r"\bcalls\b", step) and "calls_open" not in step] == []
+
+
 def test_the_statements_were_found() -> None:
     assert {name.split(".")[0] for name in STATEMENTS} >= {
         "accounts",

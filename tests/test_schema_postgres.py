@@ -123,6 +123,35 @@ def test_every_statement_is_understood(database: PostgresDatabase) -> None:
             assert rows, name
 
 
+@pytest.mark.parametrize("name", ["jobs._SENT", "costs._LAST"])
+def test_without_statistics_no_look_up_reads_all_calls(
+    server: psycopg.Connection[Any], database: PostgresDatabase, clock: Clock, name: str
+) -> None:
+    """Tables that were analysed when they were empty, and have grown since."""
+    server.execute("VACUUM ANALYZE")
+    customer = Customer.new(database, clock)
+    customer.settle()
+    server.execute(
+        "INSERT INTO calls (call_id, account_id, key_id, price_id, process_id, mode, state, held_micros, deadline_at,"
+        " created_at, finished_at) SELECT call_id + n, account_id, key_id, price_id, process_id, mode, 'released', 1,"
+        " 1, 1, 1 FROM calls, generate_series(1, 5000) n"
+    )
+    query = database.statements.of(STATEMENTS[name])
+    with database.connect(plan_cache_mode="force_generic_plan") as connection:
+        arguments = query.arguments({"after": 0, "most": 100})
+        row = connection.execute(b"EXPLAIN (ANALYZE, FORMAT JSON) " + query.sql, arguments).fetchone()
+    assert row is not None
+    assert max(_rows_read(row[0][0]["Plan"])) < 100
+
+
+def _rows_read(step: dict[str, Any]) -> Iterator[float]:
+    """What each step of a plan looked at."""
+    removed = sum(value for name, value in step.items() if name.startswith("Rows Removed"))
+    yield (step["Actual Rows"] + removed) * step["Actual Loops"]
+    for below in step.get("Plans", []):
+        yield from _rows_read(below)
+
+
 @pytest.mark.parametrize(
     "statement",
     [

@@ -11,9 +11,10 @@ import gevent
 import pytest
 from sqlalchemy import select
 
-from abhiapi import accounts, audit, calls, tables
+from abhiapi import accounts, audit, calls, ledger, tables
 from abhiapi.committer import GroupCommitter
-from abhiapi.db import Database, Tx
+from abhiapi.days import periods
+from abhiapi.db import Database, Tx, Written
 from abhiapi.db_postgres_tx import PostgresTx
 from abhiapi.db_sqlite import SqliteTx
 from tests.harness import Clock
@@ -94,6 +95,72 @@ def test_a_sum_that_breaks_a_constraint_is_its_operation_s_alone(
     assert uses(database) == [(1, 5)]
     assert [account.name for account in database.read(accounts.everyone)] == ["ann", "bob"]
     assert database.read(audit.verify).problems == []
+
+
+def test_a_sum_that_breaks_a_constraint_is_no_fault_of_who_has_it_written(
+    database: Database, writer: GroupCommitter, clock: Clock
+) -> None:
+    """A charge above its hold has the sums written before its group ends, and with them what others added."""
+    customer = Customer.new(database, clock)
+    call = customer.admit(held_micros=2)
+    row = {"of_account_id": customer.account_id, "of_day": 1, "of_model": "m", "of_key_id": customer.key_id}
+    less = {"more_calls": -1, "more_charged_micros": 0, "more_fal_cost_nano_usd": 0}
+    errors = together(
+        writer,
+        lambda tx: tx.add_up(calls._ROLLED["usage_daily"], of=row, more=less),
+        lambda tx: calls.finish(tx, call, settled(5), now_ms=clock.now_ms),
+    )
+    assert [error is None for error in errors] == [False, True]
+    assert uses(database) == [(1, 5)]
+    assert database.read(audit.verify).problems == []
+
+
+def test_who_was_written_is_not_told_of_another_s_failure(
+    database: Database, writer: GroupCommitter, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a group is written one by one, and a bug ends it in the middle."""
+    customer = Customer.new(database, clock)
+    call = customer.admit()
+    check, looks = writer._place.check, iter((False, False, True))
+
+    def looked() -> None:
+        check()
+        if next(looks, False):
+            raise ValueError("a bug")
+
+    monkeypatch.setattr(writer._place, "check", looked)
+    row = {"of_account_id": customer.account_id, "of_day": 1, "of_model": "m", "of_key_id": customer.key_id}
+    less = {"more_calls": -1, "more_charged_micros": 0, "more_fal_cost_nano_usd": 0}
+    errors = together(
+        writer,
+        lambda tx: calls.finish(tx, call, settled(5), now_ms=clock.now_ms),
+        lambda tx: tx.add_up(calls._ROLLED["usage_daily"], of=row, more=less),
+    )
+    assert [type(error) for error in errors] == [NoneType, ValueError]
+    assert uses(database) == [(1, 5)]
+
+
+def test_two_statements_that_went_together_in_one_way_may_go_in_another(database: Database, clock: Clock) -> None:
+    """What depended on the first then does not, once it has gone beside it."""
+    customer = Customer.new(database, clock, credits=1)
+    day, month = periods(clock.now_ms)
+
+    def pair(tx: Tx, number: int, amount: int) -> tuple[Written, Written]:
+        of = {"account": customer.account_id, "amount": amount, "key": customer.key_id, "day": day, "month": month}
+        row = {
+            "call_id": number, "account_id": customer.account_id, "key_id": customer.key_id,
+            "price_id": customer.price_id, "process_id": customer.process_id, "mode": "sync", "state": "held",
+            "held_micros": amount, "deadline_at": 1, "created_at": 1,
+            "charged_micros": 0, "refunded_micros": 0, "adjusted_micros": 0,
+        }  # fmt: skip
+        return (ledger._HOLD, of), (calls._ADMIT, row)
+
+    def both_ways(tx: Tx) -> list[int]:
+        tx.run_both(*pair(tx, 1, 1))
+        assert tx.one_then(*pair(tx, 2, 10**9)) is None
+        return [row[0] for row in tx.all(select(tables.calls.c.call_id))]
+
+    assert database.write(both_ways) == [1]
 
 
 def test_no_transaction_ends_before_its_sums_are_written(database: Database) -> None:
