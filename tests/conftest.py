@@ -153,6 +153,22 @@ def shared_server(engine: str, shared_servers: Callable[[str], Server]) -> Serve
     return shared_servers(engine)
 
 
+@pytest.fixture(scope="module")
+def own_servers(
+    fal: Fal, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Callable[..., Server]]:
+    """Servers of a module's own, one for each engine and settings."""
+    with ExitStack() as stack:
+
+        @cache
+        def of(engine: str, **settings: str) -> Server:
+            if engine == "postgresql":
+                settings["ABHIAPI_DATABASE_URL"] = request.getfixturevalue("postgres").create()
+            return stack.enter_context(Server.started(tmp_path_factory.mktemp("own"), fal.url, **settings))
+
+        yield of
+
+
 @pytest.fixture(scope="session")
 def strict_server(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that waits for fal for a second only, and takes small bodies only."""

@@ -152,6 +152,7 @@ def test_bugs_keep_their_traceback(cli: CommandLine, monkeypatch: pytest.MonkeyP
         cli("accounts", "list")
 
 
+@pytest.mark.engines
 def test_tables_keep_terminals_safe_from_what_is_in_them(cli: CommandLine, clock: Clock) -> None:
     """A row written by another program cannot move the cursor."""
     migrate(cli.database)
@@ -196,6 +197,7 @@ def test_account_cannot_have_a_name_that_is_mistaken_for_something_else(cli: Com
     assert cli.json("accounts", "list") == []
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("name", ["", "  ", "two\nlines", "\x1b[2J", "\udcff"])
 def test_account_s_name_is_a_line_of_text(cli: CommandLine, name: str) -> None:
     assert "it " in cli("accounts", "create", name).misused()
@@ -320,6 +322,7 @@ def test_key_is_shown_once_and_stored_nowhere(cli: CommandLine) -> None:
     assert len(cli.json("accounts", "list")) == 1
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("text", ["key_9", "9", "sk-fal-short", "", "\udcff"])
 def test_unknown_key_is_refused(cli: CommandLine, text: str) -> None:
     done = cli("keys", "revoke", text)
@@ -340,6 +343,7 @@ def test_grace_that_means_nothing_is_wrong_usage(cli: CommandLine, text: str) ->
     assert [row["status"] for row in cli.json("keys", "list")] == ["active"]
 
 
+@pytest.mark.engines
 def test_key_works_through_the_day_on_which_it_expires(cli: CommandLine) -> None:
     assert cli.json("keys", "create", "acme", "--expires", "9999-12-31")["expires_at"] == "9999-12-31T23:59:59.999Z"
 

@@ -158,6 +158,7 @@ def test_what_is_no_pattern_is_refused(cli: CommandLine, pattern: str) -> None:
     assert "such as fal-ai/kling-video/*" in cli("prices", "set", pattern, "--margin", "0.2").refused()
 
 
+@pytest.mark.engines
 def test_a_pattern_that_raises_a_price_a_hundred_times_needs_a_word(cli: CommandLine) -> None:
     cli("prices", "list")
     arguments = ("prices", "set", "fal-ai/flux/*", "--unit-price", "9", "--unit", "megapixels")
@@ -166,6 +167,7 @@ def test_a_pattern_that_raises_a_price_a_hundred_times_needs_a_word(cli: Command
     assert cli(*arguments, "--force").exit_code == 0
 
 
+@pytest.mark.engines
 def test_check_finds_nothing_wrong_with_fals_prices_and_our_margin(cli: CommandLine, sim: Fal) -> None:
     append(cli_ready(cli), "acme/fine", "0.04")
     cli("prices", "sync")
@@ -179,6 +181,7 @@ def cli_ready(cli: CommandLine) -> CommandLine:
     return cli
 
 
+@pytest.mark.engines
 def test_check_lists_every_price_that_needs_the_operator(cli: CommandLine, customer: Customer) -> None:
     cli("prices", "set", MODEL, "--unit-price", "0.02", "--unit", "megapixels")
     append(cli, "acme/free", "0", "placeholder", "compute seconds")
@@ -206,6 +209,7 @@ def test_check_lists_every_price_that_needs_the_operator(cli: CommandLine, custo
     assert all(row["unit"] == "compute seconds" for row in left)
 
 
+@pytest.mark.engines
 def test_check_sees_a_fal_price_that_rose_above_ones_own(cli: CommandLine) -> None:
     cli("prices", "set", MODEL, "--unit-price", "0.03", "--unit", "megapixels")
     assert "below cost" not in cli("prices", "check").stdout
@@ -242,6 +246,7 @@ def test_replay_tells_what_another_margin_would_have_earned(cli: CommandLine, cu
     assert cli.json("prices", "replay", "--margin", "0.1", "--since", "2999-01-01")["rows"] == []
 
 
+@pytest.mark.engines
 def test_usage_whose_cost_is_not_known_is_left_as_it_was(cli: CommandLine, customer: Customer) -> None:
     customer.finish(customer.admit(), settled(10_000, None))
     done = cli("prices", "replay", "--margin", "0.5")

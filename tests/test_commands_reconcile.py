@@ -7,23 +7,25 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+from sqlalchemy import func, select
 
-from abhiapi import calls, fal_bill, jobs
+from abhiapi import calls, fal_bill, jobs, tables
 from abhiapi import reconcile as reconciler
+from abhiapi.db import Database
 from abhiapi.errors import Refused
-from abhiapi.migrations import migrate
 from abhiapi.money import Micros
 from tests.command_line import CommandLine, Done, finish
-from tests.harness import OPERATOR_KEY, Clock, Fal, Server, until
+from tests.harness import OPERATOR_KEY, Clock, Fal, Server, own, until
 from tests.raw_http import Received, upstream
 from tests.rows import FLUX_MICROS, Customer
 from tests.test_queue import Jobs, at_once
+
+pytestmark = pytest.mark.engines
 
 SIDE_BY_SIDE = 20
 COMMAND: Any = importlib.import_module("abhiapi.commands.reconcile")
@@ -59,7 +61,6 @@ def completed(fal: Fal, ids: list[str]) -> bool:
     return set(ids) <= done
 
 
-@pytest.mark.engines
 def test_what_has_completed_is_settled_now(server: Server, fal: Fal, engine: str) -> None:
     account, key = server.books.account(5000)
     customer = Jobs(server, key)
@@ -80,16 +81,20 @@ def test_what_has_completed_is_settled_now(server: Server, fal: Fal, engine: str
     assert server.post(key).status_code == 200  # the server has noticed nothing
 
 
-def test_several_at_once_beside_the_servers_own_timer_end_each_job_once(fal: Fal, tmp_path: Path) -> None:
+def test_several_at_once_beside_the_servers_own_timer_end_each_job_once(
+    fal: Fal, tmp_path: Path, database_url: str
+) -> None:
     """Row 37 of B5, between processes."""
-    with Server.started(tmp_path, fal.url, ABHIAPI_RECONCILE_INTERVAL_S="1") as server:
+    settings = {"ABHIAPI_RECONCILE_INTERVAL_S": "1", "ABHIAPI_DATABASE_URL": database_url}
+    with Server.started(tmp_path, fal.url, **settings) as server:
         account, key = server.books.account(5000)
         customer = Jobs(server, key)
-        weather = "hold_until=all-reconcilers"
+        gate = own("all-reconcilers")
+        weather = f"hold_until={gate}"
         ids = [answer.json()["request_id"] for answer in at_once(60, lambda _: customer.submit(weather=weather))]
         env = {name: value for name, value in server.env.items() if name.startswith(("ABHIAPI_", "FAL_"))}
         running = [CommandLine(tmp_path).start("reconcile", "--json", **env) for _ in range(3)]
-        fal.release("all-reconcilers")
+        fal.release(gate)
         for process in running:
             told(finish(process))
         until(lambda: server.books.standing(account)[1] == 0, what="all are settled")
@@ -113,10 +118,11 @@ def test_what_a_job_asked_for_outlives_the_server_that_took_it(server: Server, f
 
 
 def kept_inputs(server: Server) -> int:
-    with closing(server.books.database.connect()) as connection:
-        return int(connection.execute("SELECT count(*) FROM job_inputs").fetchone()[0])
+    rows = server.books.read(lambda tx: tx.all(select(func.count()).select_from(tables.job_inputs)))
+    return int(rows[0][0])
 
 
+@pytest.mark.engines("sqlite")  # the bill's rules on both: test_fal_bill
 def test_without_a_server_fals_bill_tells_or_it_is_the_operators(server: Server, fal: Fal) -> None:
     """What was asked for was too long to be kept; fal's bill knows the units, where one may read it."""
     account, key = server.books.account(5000)
@@ -162,6 +168,7 @@ def test_drift_is_listed_with_what_it_takes_to_look_into_it(server: Server, fal:
     assert server.books.verify().problems == []
 
 
+@pytest.mark.engines("sqlite")  # fal's answers are the same to both
 @pytest.mark.parametrize("weather", [{"status": 403}, {"body": "html"}, {"body": "array"}, {"body": "object"}])
 def test_a_bad_answer_of_fals_changes_nothing_and_is_said(server: Server, fal: Fal, weather: dict[str, Any]) -> None:
     account, key = server.books.account(5000)
@@ -186,10 +193,12 @@ def test_rows_of_fals_bill_that_make_no_sense_are_no_success() -> None:
         COMMAND._tell(reconciler.Round(), compared, None)
 
 
+@pytest.mark.engines("sqlite")
 def test_a_bad_day_is_named(server: Server) -> None:
     assert "2026-11-22" in run(server, "--since", "yesterday").misused()
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize("settings", [{"ABHIAPI_FAL_QUEUE_URL": "http://127.0.0.1:9"}, {}], ids=["gone", "refuses"])
 def test_jobs_that_could_not_be_looked_at_are_said_and_stay(server: Server, fal: Fal, settings: dict[str, str]) -> None:
     account, key = server.books.account(5000)
@@ -209,14 +218,15 @@ def test_jobs_that_could_not_be_looked_at_are_said_and_stay(server: Server, fal:
     assert told(run(server, "--json")) == {"settled": 3}
 
 
-def test_without_a_credential_it_does_nothing(tmp_path: Path) -> None:
-    assert "FAL_KEY" in CommandLine(tmp_path)("reconcile", FAL_KEY="").misused()
+@pytest.mark.engines("sqlite")
+def test_without_a_credential_it_does_nothing(tmp_path: Path, database_url: str) -> None:
+    assert "FAL_KEY" in CommandLine(tmp_path, database_url)("reconcile", FAL_KEY="").misused()
 
 
-def test_jobs_are_looked_at_side_by_side_and_waiting_is_told(tmp_path: Path, clock: Clock) -> None:
+def test_jobs_are_looked_at_side_by_side_and_waiting_is_told(
+    tmp_path: Path, clock: Clock, database: Database, database_url: str
+) -> None:
     """A fal that answers only once twenty have asked: one after the other would never get an answer."""
-    database = CommandLine(tmp_path).database
-    migrate(database)
     customer = Customer.new(database, clock, credits=5000)
     for number in range(3 * SIDE_BY_SIDE):
         call = customer.open_call()
@@ -242,7 +252,7 @@ def test_jobs_are_looked_at_side_by_side_and_waiting_is_told(tmp_path: Path, clo
 
     with upstream() as slow:
         slow.script = script
-        process = CommandLine(tmp_path).start(
+        process = CommandLine(tmp_path, database_url).start(
             "reconcile", "--json", FAL_KEY=OPERATOR_KEY, ABHIAPI_FAL_QUEUE_URL=slow.url, ABHIAPI_FAL_API_URL=slow.url
         )
         assert process.stderr is not None

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.command_line import CommandLine
-from tests.harness import Fal, Server, until
+from tests.harness import Server, until
 from tests.postgres import Postgres
+
+pytestmark = pytest.mark.engines
 
 UPSCALER = "/fal-ai/creative-upscaler"  # billed in compute seconds, which only fal can know
 
 
-@pytest.fixture(scope="module")
-def server(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server.started(tmp_path_factory.mktemp("serving"), fal.url) as running:
-        yield running
+@pytest.fixture
+def server(engine: str, own_servers: Callable[[str], Server]) -> Server:
+    return own_servers(engine)
 
 
 @pytest.fixture
 def cli(server: Server) -> CommandLine:
-    return CommandLine(server.folder)
+    return CommandLine(server.folder, server.env["ABHIAPI_DATABASE_URL"])
 
 
 @pytest.mark.parametrize(
@@ -72,13 +73,10 @@ def test_hold_of_unknown_cost_is_settled_beside_the_server(server: Server, cli: 
     assert cli("doctor").exit_code == 0
 
 
-@pytest.mark.engines
 def test_backup_while_calls_are_served_adds_up_wherever_it_is_restored(
-    shared_server: Server, engine: str, tmp_path: Path, postgres: Postgres
+    server: Server, cli: CommandLine, engine: str, tmp_path: Path, postgres: Postgres
 ) -> None:
     """Each copy is of one moment under load, and a whole ledger: in a file, and in a database of PostgreSQL's."""
-    server = shared_server
-    cli = CommandLine(tmp_path, server.env["ABHIAPI_DATABASE_URL"])
     account, key = server.books.account(100_000)
     enough = threading.Event()
     statuses: list[int] = []

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -24,11 +24,16 @@ from tests.command_line import CommandLine
 from tests.harness import ROOT, Clock, Fal, Server, environment, until
 from tests.rows import Customer, settled
 
+pytestmark = pytest.mark.engines
 
-@pytest.fixture(scope="module")
-def server(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server.started(tmp_path_factory.mktemp("tail"), fal.url) as running:
-        yield running
+
+@pytest.fixture
+def server(engine: str, own_servers: Callable[[str], Server]) -> Server:
+    return own_servers(engine)
+
+
+def command_line(server: Server) -> CommandLine:
+    return CommandLine(server.folder, server.env["ABHIAPI_DATABASE_URL"])
 
 
 class Tail:
@@ -59,7 +64,7 @@ class Tail:
 
 @contextmanager
 def following(server: Server, *options: str) -> Iterator[Tail]:
-    process = CommandLine(server.folder).start("tail", "--json", *options)
+    process = command_line(server).start("tail", "--json", *options)
     try:
         yield Tail(process)
     finally:
@@ -114,11 +119,12 @@ def test_only_what_is_asked_for_is_told(server: Server) -> None:
         assert {call["state"] for call in tail.told} == {"released"}
 
 
+@pytest.mark.engines("sqlite")  # as all that is about a terminal
 def test_a_reader_who_has_enough_is_no_failure(server: Server) -> None:
     """`abhiapi tail | head -1`: no traceback, no complaint, exit 0."""
     _, key = server.books.account(1000)
     server.post(key)
-    process = CommandLine(server.folder).start("tail", "--json", "--last", "1")
+    process = command_line(server).start("tail", "--json", "--last", "1")
     assert process.stdout is not None
     assert process.stderr is not None
     assert process.stdout.readline().startswith("{")
@@ -133,12 +139,13 @@ def test_a_reader_who_has_enough_is_no_failure(server: Server) -> None:
         assert (process.returncode, said.read()) == (0, "")
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_terminal_gets_colours_unless_it_wants_none(server: Server, plain: bool) -> None:
     name, key = server.books.account(1000)
     server.post(key)
     outer, inner = pty.openpty()
-    cli = CommandLine(server.folder)
+    cli = command_line(server)
     env = environment(**cli.settings, **({"NO_COLOR": "1"} if plain else {}))
     arguments = [sys.executable, str(ROOT / "cli.py"), "tail", "--account", name]
     process = subprocess.Popen(arguments, env=env, stdin=inner, stdout=inner, stderr=inner, start_new_session=True)

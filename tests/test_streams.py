@@ -16,7 +16,7 @@ import pytest
 import requests
 
 from tests import raw_http
-from tests.harness import Books, Fal, Server, until
+from tests.harness import Books, Fal, Server, own, until
 from tests.raw_http import Received, connect, request_bytes
 from tests.test_queue import CAT, FLUX_MICROS, Jobs
 
@@ -40,10 +40,11 @@ def bill_in(text: bytes) -> dict[str, Any]:
     return told
 
 
+@pytest.mark.engines
 def test_each_event_arrives_before_fal_sends_the_next(shared_server: Server, books: Books, fal: Fal) -> None:
     """fal sends event n + 1 only when the caller, who has event n, lets it."""
     account, key = books.account()
-    gate = "in-step"
+    gate = own("in-step")
     got = b""
     with opened(shared_server, key, f"events=5; event_gate={gate}") as stream:
         assert stream.headers["x-accel-buffering"] == "no"
@@ -106,13 +107,16 @@ def test_what_goes_wrong_before_the_stream_is_a_plain_answer(
     assert books.standing(account) == (1_000_000, 0)
 
 
+@pytest.mark.engines
 def test_a_stream_that_cannot_be_paid_never_reaches_fal(shared_server: Server, books: Books, fal: Fal) -> None:
     _, key = books.account(1)
-    refused = opened(shared_server, key, "", {**CAT, "prompt": "too dear a stream"})
+    marker = own("too dear a stream")
+    refused = opened(shared_server, key, "", {**CAT, "prompt": marker})
     assert (refused.status_code, refused.json()["error"]["type"]) == (402, "insufficient_credits")
-    assert not fal.calls("too dear a stream")
+    assert not fal.calls(marker)
 
 
+@pytest.mark.engines
 def test_a_stream_that_breaks_is_broken_for_the_caller_too_and_costs_nothing(
     shared_server: Server, books: Books
 ) -> None:
@@ -127,16 +131,18 @@ def test_a_stream_that_breaks_is_broken_for_the_caller_too_and_costs_nothing(
     assert books.standing(account) == (1_000_000, 0)
 
 
+@pytest.mark.engines
 def test_an_abandoned_stream_is_drained_and_charged(shared_server: Server, books: Books, fal: Fal) -> None:
     """Row 14 of B2: while fal goes on after the hang-up its hold stands; at fal's end it is charged as fal bills it."""
     account, key = books.account()
-    with opened(shared_server, key, "events=40; event_gate=abandoned; units=2") as stream:
+    gate = own("abandoned")
+    with opened(shared_server, key, f"events=40; event_gate={gate}; units=2") as stream:
         assert len(shown(next(stream.iter_content(None)))) == 1
     for number in range(1, 39):
-        fal.release(f"abandoned-{number}")
+        fal.release(f"{gate}-{number}")
     assert books.calls(account)[0].state == "held"
     assert not [call for call in books.calls(account) if call.finished_at]
-    fal.release("abandoned-39")
+    fal.release(f"{gate}-39")
     until(lambda: books.calls(account)[0].state == "settled", what="it is settled")
     assert books.standing(account) == (1_000_000 - 2 * FLUX_MICROS, 0)
 

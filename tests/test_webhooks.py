@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,7 +22,7 @@ from requests.structures import CaseInsensitiveDict
 
 from abhiapi import accounts
 from tests.command_line import CommandLine
-from tests.harness import ROOT, Books, Fal, Server, environment, free_port, until
+from tests.harness import ROOT, Books, Fal, Server, environment, free_port, own, until
 from tests.receiver import Delivery, Receiver, is_signed
 from tests.test_queue import CAT, FLUX_MICROS, MODEL, Jobs, at_once
 from tests.test_queue_clients import CLIENTS, TlsFront, ran
@@ -55,40 +57,49 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def known_site(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A proxy whose address fal knows; its reconciler looks so seldom that fal's webhook is always the first."""
-    port = free_port()
-    settings = SETTINGS | {
-        "PORT": str(port),
-        "ABHIAPI_PUBLIC_URL": f"http://127.0.0.1:{port}",
-        "ABHIAPI_FAL_REST_URL": f"{fal.url}/rest",
-        "ABHIAPI_RECONCILE_INTERVAL_S": "3600",
-    }
-    with (
-        Receiver.started() as receiver,
-        Server.started(tmp_path_factory.mktemp("known"), fal.url, **settings) as server,
-    ):
-        yield Site(server, receiver)
-        assert server.books.verify().problems == []
+def sites(fal: Fal, own_servers: Callable[..., Server]) -> Iterator[Callable[[str, str], Site]]:
+    """On each engine a proxy whose address fal knows, and one that fal could not reach.
+
+    The first one's reconciler looks so seldom that fal's webhook is always the first; the other's sees the ends itself.
+    """
+    made: list[Site] = []
+    with ExitStack() as stack:
+
+        @cache
+        def of(kind: str, engine: str) -> Site:
+            settings = SETTINGS
+            if kind == "known":
+                port = free_port()
+                settings = SETTINGS | {
+                    "PORT": str(port),
+                    "ABHIAPI_PUBLIC_URL": f"http://127.0.0.1:{port}",
+                    "ABHIAPI_FAL_REST_URL": f"{fal.url}/rest",
+                    "ABHIAPI_RECONCILE_INTERVAL_S": "3600",
+                }
+            made.append(Site(own_servers(engine, **settings), stack.enter_context(Receiver.started())))
+            return made[-1]
+
+        yield of
+        for site in made:
+            assert site.books.verify().problems == []
 
 
-@pytest.fixture(scope="module")
-def hidden_site(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A proxy that fal could not reach: its own reconciler sees the ends."""
-    with (
-        Receiver.started() as receiver,
-        Server.started(tmp_path_factory.mktemp("hidden"), fal.url, **SETTINGS) as server,
-    ):
-        yield Site(server, receiver)
-        assert server.books.verify().problems == []
+@pytest.fixture
+def known_site(engine: str, sites: Callable[[str, str], Site]) -> Site:
+    return sites("known", engine)
+
+
+@pytest.fixture
+def hidden_site(engine: str, sites: Callable[[str, str], Site]) -> Site:
+    return sites("hidden", engine)
 
 
 @pytest.fixture(params=["known", "hidden"])
-def site(request: pytest.FixtureRequest) -> Site:
-    made: Site = request.getfixturevalue(f"{request.param}_site")
-    return made
+def site(request: pytest.FixtureRequest, engine: str, sites: Callable[[str, str], Site]) -> Site:
+    return sites(request.param, engine)
 
 
+@pytest.mark.engines
 def test_fals_own_delivery_reaches_the_customer_with_its_charge(known_site: Site, fal: Fal) -> None:
     """Row 46 of B5: settled although the client never comes back, and fal never hears of the customer's URL."""
     account, key = known_site.books.account(1000)
@@ -107,13 +118,15 @@ def test_fals_own_delivery_reaches_the_customer_with_its_charge(known_site: Site
     assert 'abhiapi_webhooks_received_total{status="200"}' in metrics
 
 
+@pytest.mark.engines
 def test_without_an_address_of_ours_the_reconciler_sees_the_end(hidden_site: Site, fal: Fal) -> None:
     account, key = hidden_site.books.account(1000)
-    request_id = hidden_site.job(key, body=CAT | {"prompt": "hidden webhook"})
+    marker = own("hidden webhook")
+    request_id = hidden_site.job(key, body=CAT | {"prompt": marker})
     told = hidden_site.told(request_id)
     assert told.json["_billing"]["credits_used"] == 26.25
     assert hidden_site.books.standing(account) == (1_000_000 - FLUX_MICROS, 0)
-    assert "fal_webhook" not in str(fal.calls("hidden webhook"))
+    assert "fal_webhook" not in str(fal.calls(marker))
 
 
 @pytest.mark.parametrize(
@@ -138,6 +151,7 @@ def test_a_jobs_failure_is_told_with_what_it_cost(site: Site, weather: str, stat
     assert site.books.standing(account) == (1_000_000 - micros, 0)
 
 
+@pytest.mark.engines
 def test_a_cancelled_job_is_told_and_free(site: Site) -> None:
     account, key = site.books.account(1000)
     request_id = site.job(key, weather="queue_until=never-webhook")
@@ -147,6 +161,7 @@ def test_a_cancelled_job_is_told_and_free(site: Site) -> None:
     assert site.books.standing(account) == (1_000_000, 0)
 
 
+@pytest.mark.engines
 def test_a_suspended_account_still_hears_of_what_it_paid_for(site: Site, fal: Fal) -> None:
     account, key = site.books.account(1000)
     gate = f"suspended-{account}"
@@ -169,6 +184,7 @@ def refusals(site: Site) -> int:
     return int(found[1]) if found else 0
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize(("weather", "count"), [("twice", "1"), ("bad_signature", "0"), ("stale", "0")])
 def test_fals_delivery_counts_once_and_only_if_it_is_fals(known_site: Site, weather: str, count: str) -> None:
     account, key = known_site.books.account(1000)
@@ -184,6 +200,7 @@ def test_fals_delivery_counts_once_and_only_if_it_is_fals(known_site: Site, weat
     assert len(known_site.receiver.of(request_id)) == int(count)
 
 
+@pytest.mark.engines
 def test_everybody_who_looks_and_the_webhook_end_a_job_once(site: Site) -> None:
     """Rows 24 and 37: pollers, results, the reconciler and fal's delivery at once."""
     account, key = site.books.account(1000)
@@ -199,25 +216,12 @@ def test_everybody_who_looks_and_the_webhook_end_a_job_once(site: Site) -> None:
     assert all(len(site.receiver.of(request_id)) <= 1 for request_id in ids)
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://127.0.0.1:9/hook",
-        "http://localhost:9/hook",
-        "http://[::1]/",
-        "http://2130706433/",
-        "http://0x7f.1/",
-        "https://10.0.0.1/hook",
-        "http://169.254.169.254/latest/meta-data/",
-        "http://[::ffff:169.254.169.254]/",
-        "http://[64:ff9b::a00:1]/",
-        "http://100.100.100.200/",
-        "ftp://example.com/",
-        "https://user:pw@example.com/",
-        "https://no-such-host.invalid/hook",
-        "",
-    ],
-)
+@pytest.mark.parametrize("url", [
+    "http://127.0.0.1:9/hook", "http://localhost:9/hook", "http://[::1]/", "http://2130706433/", "http://0x7f.1/",
+    "https://10.0.0.1/hook", "http://169.254.169.254/latest/meta-data/", "http://[::ffff:169.254.169.254]/",
+    "http://[64:ff9b::a00:1]/", "http://100.100.100.200/", "ftp://example.com/", "https://user:pw@example.com/",
+    "https://no-such-host.invalid/hook", "",
+])  # fmt: skip
 def test_a_url_inside_is_refused_before_fal_hears_of_the_job(
     shared_server: Server, books: Books, fal: Fal, url: str
 ) -> None:
@@ -265,19 +269,20 @@ def test_a_kill_between_the_charge_and_the_delivery_loses_nothing(fal: Fal, tmp_
     """SIGKILL while customers' servers are being called, and while jobs run: the next process delivers them all."""
     with Receiver.started() as receiver:
         receiver.hold = threading.Event()
+        gate = own("webhooks-killed")
         server = Server.start(tmp_path, fal.url, **SETTINGS)
         try:
             site = Site(server, receiver)
             account, key = server.books.account(1000)
             charged = [site.job(key) for _ in range(3)]
-            running = [site.job(key, weather="hold_until=webhooks-killed; queue_s=0") for _ in range(3)]
+            running = [site.job(key, weather=f"hold_until={gate}; queue_s=0") for _ in range(3)]
             until(lambda: len(receiver.deliveries) == 3, what="the first three are being delivered")
         finally:
             server.process.kill()
         assert len([entry for entry in server.books.entries(account) if entry.kind == "charge"]) == 3
         receiver.hold.set()
         receiver.deliveries.clear()
-        fal.release("webhooks-killed")
+        fal.release(gate)
         with Server.started(tmp_path, fal.url, **SETTINGS) as again:
             for request_id in [*charged, *running]:
                 (told,) = receiver.delivered(request_id, within_s=60)
@@ -288,13 +293,14 @@ def test_a_kill_between_the_charge_and_the_delivery_loses_nothing(fal: Fal, tmp_
             assert again.books.verify().problems == []
 
 
+@pytest.mark.engines
 def test_the_operator_sees_and_resends(hidden_site: Site, tmp_path: Path) -> None:
-    cli = CommandLine(tmp_path)
-    cli.settings["ABHIAPI_DATABASE_URL"] = hidden_site.server.env["ABHIAPI_DATABASE_URL"]
+    cli = CommandLine(tmp_path, hidden_site.server.env["ABHIAPI_DATABASE_URL"])
+    gate = own("resend")
     account, key = hidden_site.books.account(1000)
     submitted = Jobs(hidden_site.server, key).submit(
         MODEL,
-        weather="hold_until=resend; queue_s=0",
+        weather=f"hold_until={gate}; queue_s=0",
         params={"fal_webhook": hidden_site.receiver.url("/x?token=secret")},
     )
     call_id, request_id = submitted.headers["x-abhiapi-call-id"], submitted.json()["request_id"]
@@ -307,9 +313,7 @@ def test_the_operator_sees_and_resends(hidden_site: Site, tmp_path: Path) -> Non
     assert "has not ended" in cli("webhooks", "resend", call_id).refused()
     assert listed("--state", "waiting") is not None
     assert listed("--state", "delivered") is None
-    requests.post(
-        f"{hidden_site.server.env['ABHIAPI_FAL_RUN_URL']}/_sandbox/release", json={"name": "resend"}, timeout=10
-    )
+    requests.post(f"{hidden_site.server.env['ABHIAPI_FAL_RUN_URL']}/_sandbox/release", json={"name": gate}, timeout=10)
     row = until(lambda: listed("--state", "delivered"), what="it is delivered")
     assert row is not None
     assert (row["call_id"], row["attempts"], row["last_status"], row["resendable"]) == (call_id, 1, 200, True)
@@ -323,15 +327,17 @@ def test_the_operator_sees_and_resends(hidden_site: Site, tmp_path: Path) -> Non
     assert cli("webhooks", "list", "--state", "sent").misused()
 
 
+@pytest.mark.engines
 def test_many_jobs_that_end_at_once_are_all_told(known_site: Site, fal: Fal) -> None:
     account, key = known_site.books.account(5000)
+    gate = own("all-at-once")
     ids = [one.json()["request_id"] for one in at_once(
         100,
         lambda _: Jobs(known_site.server, key).submit(
-            weather="hold_until=all-at-once; queue_s=0", params={"fal_webhook": known_site.receiver.url()}
+            weather=f"hold_until={gate}; queue_s=0", params={"fal_webhook": known_site.receiver.url()}
         ),
     )]  # fmt: skip
-    fal.release("all-at-once")
+    fal.release(gate)
     for request_id in ids:
         assert len(known_site.receiver.delivered(request_id, within_s=30)) == 1
     assert known_site.books.standing(account) == (5_000_000 - 100 * FLUX_MICROS, 0)
