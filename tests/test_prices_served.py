@@ -68,7 +68,7 @@ def credits_used(response: requests.Response) -> Decimal:
 
 def test_a_server_takes_fals_prices_over_at_its_first_start(synced: tuple[Server, Fal]) -> None:
     server, _ = synced
-    assert len(words(server.books)) == MODELS
+    assert sum(not model.startswith("acme/") for model in words(server.books)) == MODELS  # that is of another test
     assert server.books.read(lambda tx: timers.done_at(tx, "prices")) is not None
     row = shown(server, FLUX)
     assert row is not None
