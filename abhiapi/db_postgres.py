@@ -56,10 +56,13 @@ _OPTIONS = {
     "tcp_user_timeout": "20s",
     "jit": "off",
 }
+# A connection keeps the plans of its statements: one made while a table was small would read all of it for each row
+# that is looked up, until autovacuum counts anew: after a minute, or never. Reports are planned as the server likes.
+_LOOK_UPS = {"enable_seqscan": "off"}
 # "ABHI": the turn to write. Its isolation is named: a role may have another default, under which what the last writer
 # has committed would not be seen.
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SELECT pg_advisory_xact_lock(1094862921)"
-_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL enable_seqscan = on"
 _UNHURRIED = "; SET LOCAL idle_in_transaction_session_timeout = 0; SET LOCAL statement_timeout = 0"
 _MARK_AND_COMMIT = (  # the COMMIT is not reached where the mark cannot be made
     "INSERT INTO commit_marks (writer, number, made_at) VALUES (%s, %s, extract(epoch FROM now())::bigint)"
@@ -84,10 +87,12 @@ _BUSY = {"55P03", "57014", "40001", "40P01"}
 class PostgresSession(Session):
     def __init__(self, database: PostgresDatabase, patience_s: float, answer_s: float | None = None) -> None:
         # Without a limit of its own the server would go on with a statement that nobody waits for, and keep the turn.
-        limits = {} if answer_s is None else {"statement_timeout": _milliseconds(answer_s)}
+        options = dict(_LOOK_UPS)
+        if answer_s is not None:
+            options["statement_timeout"] = _milliseconds(answer_s)
         self._database = database
         self.patience_s = patience_s
-        self._connection = database.connect(in_full=False, lock_timeout=_milliseconds(patience_s), **limits)
+        self._connection = database.connect(in_full=False, lock_timeout=_milliseconds(patience_s), **options)
         self.tx: PostgresTx = PostgresTx(self._connection, database.statements)
         self._both = psycopg.ClientCursor(self._connection)  # which may send two statements with values at once
         self._writer = secrets.randbits(62)
@@ -232,7 +237,9 @@ class PostgresDatabase(Database):
         try:
             while True:
                 is_old = bool(self._idle)
-                connection = self._idle.pop() if is_old else self.connect(statement_timeout="60s")
+                connection = (
+                    self._idle.pop() if is_old else self.connect(in_full=False, statement_timeout="60s", **_LOOK_UPS)
+                )
                 is_sound = False
                 try:
                     with self.translating():

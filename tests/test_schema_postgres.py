@@ -11,12 +11,12 @@ from typing import Any
 import psycopg
 import pytest
 
-from abhiapi import tables
+from abhiapi import calls, tables
 from abhiapi.db_postgres import PostgresDatabase
 from abhiapi.migrations import schema_sql
 from abhiapi.migrations_postgres import schema_sql as schema_postgres_sql
 from tests.harness import Clock
-from tests.rows import Customer
+from tests.rows import Customer, settled
 from tests.test_db import NEVER_RUN, STATEMENTS
 
 pytestmark = pytest.mark.engines("postgresql")
@@ -177,3 +177,35 @@ def test_the_database_itself_forbids(
     customer.admit()
     with pytest.raises(psycopg.IntegrityError):
         server.execute(statement.encode())
+
+
+def test_plans_made_while_the_tables_were_small_look_rows_up(
+    server: psycopg.Connection[Any], database: PostgresDatabase, clock: Clock
+) -> None:
+    """A connection keeps them: 18 ms a call after ten thousand calls, where one read all of a table for each row."""
+    customer = Customer.new(database, clock)
+    with closing(database.session(patience_s=5)) as session:
+
+        def some_calls() -> None:
+            session.begin()
+            for _ in range(10):
+                call = customer.open_call()
+                calls.admit(session.tx, customer.admission(call))
+                calls.finish(session.tx, call, settled(5), now_ms=clock.now_ms)
+                session.tx.write_sums()
+            session.commit()
+
+        some_calls()
+        server.execute("VACUUM ANALYZE")
+        some_calls()
+        kept = session._connection
+        names = kept.execute(
+            "SELECT name, cardinality(parameter_types) FROM pg_prepared_statements"
+            " WHERE generic_plans > 0 AND cardinality(parameter_types) > 0"
+        ).fetchall()
+        plans = [
+            str(kept.execute(f"EXPLAIN EXECUTE {name}({', '.join(['NULL'] * values)})".encode()).fetchall())
+            for name, values in names
+        ]
+    assert len(plans) > 3
+    assert [plan for plan in plans if "Seq Scan" in plan] == []
