@@ -26,7 +26,10 @@ MEASURED = frozenset(
 
 
 def dealt(items: Iterable[T], module_of: Callable[[T], str], hands: int) -> list[T]:
-    """The items as so many equal shares, one after the other, each beginning with its part of the long files.
+    """The items as so many equal shares, one after the other, each with its part of the long files.
+
+    Every other share begins with them, the rest have them in their middle: they keep the machine so busy that all of
+    them at once would wait for each other.
 
     The runner's processes start with one such share each; who has done theirs takes from the end of another's.
     """
@@ -39,7 +42,9 @@ def dealt(items: Iterable[T], module_of: Callable[[T], str], hands: int) -> list
     left = sum(map(len, shares)) + len(others)
     for hand, share in enumerate(shares):
         room = max(0, left // (hands - hand) - len(share))
-        share.extend(others[:room])
+        before = room // 2 if hand % 2 else 0
+        share[:0] = others[:before]
+        share.extend(others[before:room])
         del others[:room]
         left -= len(share)
     return [item for share in shares for item in share] + others

