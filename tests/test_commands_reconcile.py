@@ -34,6 +34,13 @@ DRIFT_FIELDS = {"kind", "call_id", "fal_request_id", "model", "credits", "units"
 FIELDS_OF_BILL = ["events", "unreadable", "pending", "below_cost", "losses", "loss_usd"]
 
 
+@pytest.fixture(scope="module")
+def fal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fal]:
+    """One of its own: what other tests' calls cost would stand in its bill."""
+    with Fal.started(tmp_path_factory.mktemp("billed")) as started:
+        yield started
+
+
 @pytest.fixture
 def server(fal: Fal, tmp_path: Path, database_url: str) -> Iterator[Server]:
     """A server whose own timer does not get in the way: its first round is over before the first job."""

@@ -20,7 +20,7 @@ from tests.postgres import sweep_at_once
 from tests.redis_server import RedisServer
 
 PRICE_MICROS = 26_250  # one megapixel of flux dev at the default margin
-KILLS = {"sqlite": 20, "postgresql": 4}
+KILLS = {"sqlite": 20, "postgresql": 3}
 
 
 class Load:

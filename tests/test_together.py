@@ -22,7 +22,7 @@ pytestmark = pytest.mark.engines
 
 FLUX_MICROS = 26_250
 SETTINGS = {"ABHIAPI_WEBHOOK_ALLOW_LOOPBACK": "1", "ABHIAPI_RECONCILE_INTERVAL_S": "1"}
-WAVES = {"sqlite": 3, "postgresql": 2}
+WAVES = {"sqlite": 3, "postgresql": 1}
 MODEL = "fal-ai/flux/dev"
 
 
