@@ -1,7 +1,7 @@
 # Five verbs. Each installs what it needs into .venv first; nothing else has to be done by hand.
 PORT ?= 8000
 BIN = .venv/bin
-WORKERS ?= $(shell expr $$(nproc) + 3)  # tests wait for other processes nearly half of their time
+WORKERS ?= $(shell expr $$(nproc) + 2)  # tests wait for other processes nearly half of their time
 MONEY = money estimates pricing metering ledger  # every line and branch of these is tested
 
 unexport PYTHONDONTWRITEBYTECODE  # set in many containers; here each process would compile all that it imports anew

@@ -421,7 +421,7 @@ def test_what_a_run_that_broke_off_did_not_list_the_next_one_does(books: Books) 
 
 
 @pytest.mark.engines("sqlite")  # what is kept of the events is the same everywhere
-def test_a_hundred_thousand_events_need_no_more_memory_than_a_thousand(books: Books) -> None:
+def test_thirty_thousand_events_need_no_more_memory_than_a_thousand(books: Books) -> None:
     def many(count: int) -> Callable[[int, int], Iterable[Row]]:
         def events(since_ms: int, until_ms: int) -> Iterator[Row]:
             if since_ms == books.started - 1:
@@ -432,7 +432,7 @@ def test_a_hundred_thousand_events_need_no_more_memory_than_a_thousand(books: Bo
 
     books.call(released("fal_5xx"), "one-call")
     peaks = []
-    for count in (1_000, 100_000):
+    for count in (1_000, 30_000):
         tracemalloc.start()
         now = books.clock.now_ms
         done = fal_bill.compare(books.database, many(count), since_ms=books.started - 1, until_ms=now + 1, now_ms=now)
