@@ -35,7 +35,9 @@ def rt(database: Database, database_url: str, fal: Fal) -> Iterator[runtime.Runt
     made.close()
 
 
-def started(database_url: str, fal: Fal, now_ms: Callable[[], int] = runtime.system_now_ms) -> runtime.Runtime:
+def started(
+    database_url: str, fal: Fal, now_ms: Callable[[], int] = runtime.system_now_ms, **settings: str
+) -> runtime.Runtime:
     return runtime.start(
         Settings.from_env(
             {
@@ -45,6 +47,7 @@ def started(database_url: str, fal: Fal, now_ms: Callable[[], int] = runtime.sys
                 "ABHIAPI_FAL_RUN_URL": fal.url,
                 "ABHIAPI_FAL_QUEUE_URL": f"{fal.url}/queue",
             }
+            | settings
         ),
         now_ms=now_ms,
     )

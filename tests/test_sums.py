@@ -43,6 +43,13 @@ def uses(database: Database) -> list[tuple[int, int]]:
     return [(row[0], row[1]) for row in database.read(lambda tx: tx.all(statement))]
 
 
+def less_than_nothing(customer: Customer) -> Callable[[Tx], object]:
+    """An operation whose sum no row may hold."""
+    row = {"of_account_id": customer.account_id, "of_day": 1, "of_model": "m", "of_key_id": customer.key_id}
+    less = {"more_calls": -1, "more_charged_micros": 0, "more_fal_cost_nano_usd": 0}
+    return lambda tx: tx.add_up(calls._ROLLED["usage_daily"], of=row, more=less)
+
+
 def test_what_a_group_adds_to_a_row_is_written_once(
     database: Database, writer: GroupCommitter, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,12 +89,10 @@ def test_a_sum_that_breaks_a_constraint_is_its_operation_s_alone(
 ) -> None:
     customer = Customer.new(database, clock)
     call = customer.admit()
-    row = {"of_account_id": customer.account_id, "of_day": 1, "of_model": "m", "of_key_id": customer.key_id}
-    less = {"more_calls": -1, "more_charged_micros": 0, "more_fal_cost_nano_usd": 0}
     errors = together(
         writer,
         lambda tx: calls.finish(tx, call, settled(5), now_ms=clock.now_ms),
-        lambda tx: tx.add_up(calls._ROLLED["usage_daily"], of=row, more=less),
+        less_than_nothing(customer),
         lambda tx: accounts.create(tx, "bob", now_ms=1),
     )
     assert [error is None for error in errors] == [True, False, True]
@@ -103,11 +108,9 @@ def test_a_sum_that_breaks_a_constraint_is_no_fault_of_who_has_it_written(
     """A charge above its hold has the sums written before its group ends, and with them what others added."""
     customer = Customer.new(database, clock)
     call = customer.admit(held_micros=2)
-    row = {"of_account_id": customer.account_id, "of_day": 1, "of_model": "m", "of_key_id": customer.key_id}
-    less = {"more_calls": -1, "more_charged_micros": 0, "more_fal_cost_nano_usd": 0}
     errors = together(
         writer,
-        lambda tx: tx.add_up(calls._ROLLED["usage_daily"], of=row, more=less),
+        less_than_nothing(customer),
         lambda tx: calls.finish(tx, call, settled(5), now_ms=clock.now_ms),
     )
     assert [error is None for error in errors] == [False, True]
@@ -129,12 +132,10 @@ def test_who_was_written_is_not_told_of_another_s_failure(
             raise ValueError("a bug")
 
     monkeypatch.setattr(writer._place, "check", looked)
-    row = {"of_account_id": customer.account_id, "of_day": 1, "of_model": "m", "of_key_id": customer.key_id}
-    less = {"more_calls": -1, "more_charged_micros": 0, "more_fal_cost_nano_usd": 0}
     errors = together(
         writer,
         lambda tx: calls.finish(tx, call, settled(5), now_ms=clock.now_ms),
-        lambda tx: tx.add_up(calls._ROLLED["usage_daily"], of=row, more=less),
+        less_than_nothing(customer),
     )
     assert [type(error) for error in errors] == [NoneType, ValueError]
     assert uses(database) == [(1, 5)]

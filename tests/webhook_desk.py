@@ -20,11 +20,10 @@ from abhiapi import (
 )
 from abhiapi.db import Database
 from abhiapi.ids import call_text
-from abhiapi.settings import Settings
 from abhiapi.webhook_delivery import Deliveries
-from tests.harness import OPERATOR_KEY, WEBHOOK_KEY, Books, Clock, Fal, until
+from tests.harness import Books, Clock, Fal, until
 from tests.receiver import Receiver
-from tests.test_reconciler import is_done, placed
+from tests.test_reconciler import is_done, placed, started
 
 PUBLIC_URL = "https://fal.example.com"
 USER_ID = "fal-user"
@@ -95,21 +94,8 @@ def desk_with(database: Database, database_url: str, fal: Fal) -> Iterator[Calla
     with Receiver.started() as keys_page:
 
         def make(**settings: str) -> Desk:
-            rt = runtime.start(
-                Settings.from_env(
-                    {
-                        "FAL_KEY": OPERATOR_KEY,
-                        "ABHIAPI_DATABASE_URL": database_url,
-                        "ABHIAPI_WEBHOOK_KEY": WEBHOOK_KEY,
-                        "ABHIAPI_FAL_RUN_URL": fal.url,
-                        "ABHIAPI_FAL_QUEUE_URL": f"{fal.url}/queue",
-                        "ABHIAPI_FAL_REST_URL": keys_page.url(""),
-                        "ABHIAPI_WEBHOOK_ALLOW_LOOPBACK": "1",
-                    }
-                    | settings
-                ),
-                now_ms=clock,
-            )
+            own = {"ABHIAPI_FAL_REST_URL": keys_page.url(""), "ABHIAPI_WEBHOOK_ALLOW_LOOPBACK": "1"}
+            rt = started(database_url, fal, clock, **own | settings)
             key = signing.WebhookKey.new()
             keys_page.body = json.dumps(key.jwks()).encode()
             made.append(Desk(rt, clock, fal, Books(database, clock), key, keys_page))
