@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import dataclass
+from itertools import islice
 
 RAISE_S = 30  # without a refusal of fal's, until one call more is tried
 RETRY_AFTER_MAX_S = 60
+NOBODY = 0  # no account has this number
 
 
 @dataclass(eq=False, slots=True)
@@ -62,11 +64,20 @@ class Turns:
     def arrive(self, turn: Turn) -> None:
         self._waiting.setdefault(turn.account_id, deque()).append(turn)
 
-    def next(self, now_s: float) -> Turn | None:
-        """Begin the turn of whoever goes first; None where nobody waits."""
-        if not self._waiting:
+    def accounts(self, now_s: float, most: int) -> list[tuple[int, float]]:
+        """The accounts that wait, and for how long the oldest call of each has.
+
+        Of more than ``most`` those whose last turn is longest ago: while fewer calls than that run, some have none.
+        """
+        waiting = islice(self._waiting.items(), most)
+        return [(account_id, max(0.0, now_s - turns[0].arrived_s)) for account_id, turns in waiting]
+
+    def next(self, now_s: float, account_id: int | None = None) -> Turn | None:
+        """Begin the turn of whoever goes first, or of an account; None where nobody waits."""
+        if account_id is None:
+            account_id = min(self._waiting, key=lambda account_id: self._of_account[account_id], default=None)
+        if account_id is None or account_id not in self._waiting:
             return None
-        account_id = min(self._waiting, key=lambda account_id: self._of_account[account_id])
         turns = self._waiting.pop(account_id)
         turn = turns.popleft()
         if turns:

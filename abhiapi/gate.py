@@ -1,16 +1,14 @@
 """The gate before fal: at most so many sync and stream calls at once, over all processes where there is a Redis.
 
-`fairness` decides whose turn it is; here callers wait, places are taken in Redis, and time passes. A call waits before
-its hold, so that there is nothing to give back when its turn does not come. Jobs pass by: fal queues them itself.
-Without a setting there is no gate.
+`fairness` decides whose turn it is, or Redis does for all processes (`shared_turns`); here callers wait, and time
+passes. A call waits before its hold, so that there is nothing to give back when its turn does not come. Jobs pass by:
+fal queues them itself. Without a setting there is no gate.
 """
 
 from __future__ import annotations
 
 import logging
-import secrets
-from collections.abc import Callable, Iterator
-from itertools import count
+from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -18,30 +16,30 @@ import gevent
 from gevent.event import Event
 
 from abhiapi.errors import UpstreamBusy
-from abhiapi.fairness import Turn, Turns
+from abhiapi.fairness import NOBODY, Turn, Turns
 from abhiapi.metrics import Metrics
 
 if TYPE_CHECKING:
-    from abhiapi.shared_counts import SharedCounts
+    from abhiapi.shared_turns import SharedTurns
 
 log = logging.getLogger("abhiapi")
 
 MOMENT_S = 0.02  # a turn that comes sooner was not waited for
 HANG_UP_S = 0.5  # how soon a waiter who has hung up is noticed
-LOOK_AGAIN_S = 0.05  # between looks whether another process has given a place back
+LOOK_AGAIN_S = 0.02  # between looks whether it is the turn of one who waits here, as other processes' calls end
+ACCOUNTS_TOLD = 250  # at once: Redis is not kept from others for long
 WAITING_MAX = 2_000  # half of what a process serves at once
-EVERYBODY = 0  # no key has this number: the places of all calls together
 
 
 class Gate:
-    """Turns at fal. All of it is of this process but the places, which all processes share while Redis is there."""
+    """Turns at fal. Who waits here is this process's; places and whose turn it is are shared while Redis is there."""
 
     def __init__(
         self,
         most: int,
         queue_s: int,
         *,
-        shared: SharedCounts | None = None,
+        shared: SharedTurns | None = None,
         metrics: Metrics | None = None,
         now: Callable[[], float] = monotonic,
     ) -> None:
@@ -52,12 +50,10 @@ class Gate:
         self._now = now
         self._turns = Turns(most)
         self._begun: dict[Turn, Event] = {}
-        self._process = secrets.token_hex(8)
-        self._numbers = count(1)
         self._wake = Event()
         self._doorman = None
         if self._shared is not None:
-            self._shared.also_running(self._running)
+            self._shared.also_running(lambda: [turn.member for turn in self._turns.running])
             self._doorman = gevent.spawn(self._share_for_ever, self._shared)
 
     def close(self) -> None:
@@ -108,11 +104,8 @@ class Gate:
         """fal has refused a call while it was working on others: so many are the limit for a while."""
         if turn is None or not self._give_back(turn):
             return
-        at_fal = len(self._turns.running)
-        counted = None if self._shared is None else self._shared.take(EVERYBODY, turn.member, 0)
-        if counted is not None:
-            at_fal = counted[1]
-        self._turns.lower(at_fal, self._now())
+        at_fal = None if self._shared is None else self._shared.at_fal()
+        self._turns.lower(len(self._turns.running) if at_fal is None else at_fal, self._now())
         log.warning("fal works on no more calls at once: at most %d from now on", self.limit())
         self._admit()
 
@@ -136,53 +129,51 @@ class Gate:
         if self._shared is not None:
             self._wake.set()
             return
-        while self._turns.has_room(self._now()) and self._begin_next(self._member()):
+        while self._turns.has_room(self._now()) and self._begin_next() is not None:
             pass
 
-    def _begin_next(self, member: str) -> bool:
-        turn = self._turns.next(self._now())
-        if turn is None:
-            return False
-        turn.member = member
-        self._begun[turn].set()
-        return True
+    def _begin_next(self, account_id: int | None = None) -> Turn | None:
+        turn = self._turns.next(self._now(), account_id)
+        if turn is not None:
+            self._begun[turn].set()
+        return turn
 
     def _give_back(self, turn: Turn | None) -> bool:
         if turn is None or not self._turns.end(turn, self._now()):
             return False
         if self._shared is not None:
-            self._shared.give_back(EVERYBODY, turn.member)
+            self._shared.give_back(turn.member)
         return True
 
-    def _share_for_ever(self, shared: SharedCounts) -> None:
-        """Take places that all processes share, for those who wait here."""
+    def _share_for_ever(self, shared: SharedTurns) -> None:
+        """Ask whether it is the turn of those who wait here."""
         while True:
             self._wake.wait()
             self._wake.clear()
             try:
                 while self._turns.waiting:
-                    if not self._take_and_begin(shared):
+                    if not self._ask_and_begin(shared):
                         self._wake.wait(LOOK_AGAIN_S)
                         self._wake.clear()
+                shared.nobody_waits()
             except Exception:  # a bug: without this line no call would ever get its turn again
                 log.exception("the gate before fal stumbled, and goes on")
 
-    def _take_and_begin(self, shared: SharedCounts) -> bool:
-        if not self._turns.has_room(self._now()):
+    def _ask_and_begin(self, shared: SharedTurns) -> bool:
+        """Whether it was the turn of one who waits here: then it may be another's too."""
+        place = shared.new_place()
+        accounts = self._turns.accounts(self._now(), ACCOUNTS_TOLD)
+        account_id = shared.next(place, self.limit(), accounts, calls=self._turns.waiting)
+        if account_id == NOBODY:
             return False
-        member = self._member()
-        taken = shared.take(EVERYBODY, member, self.limit())
-        if taken is None:
+        if account_id is None:
+            if not self._turns.has_room(self._now()):
+                return False
             self._metrics.limits_fallback.inc()  # as many as the setting says, in this process alone
-        elif not taken[0]:
-            return False
-        if self._begin_next(member):
-            return True
-        shared.give_back(EVERYBODY, member)  # whoever waited has left meanwhile
-        return False
-
-    def _member(self) -> str:
-        return f"{self._process}-fal-{next(self._numbers)}"
-
-    def _running(self) -> Iterator[tuple[int, str]]:
-        return ((EVERYBODY, turn.member) for turn in self._turns.running)
+            place = shared.new_place()  # Redis may have given the other one to another account
+        turn = self._begin_next(account_id)
+        if turn is not None:
+            turn.member = shared.member(place, turn.account_id)
+        elif account_id is not None:
+            shared.give_back(shared.member(place, account_id))  # whoever waited has left meanwhile
+        return True

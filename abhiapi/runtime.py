@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import gevent
 from gevent.event import AsyncResult, Event
@@ -30,6 +30,9 @@ from abhiapi.outbound import Outbound
 from abhiapi.polls import Polls
 from abhiapi.settings import Settings
 from abhiapi.tracing import Tracer
+
+if TYPE_CHECKING:
+    from abhiapi.shared_turns import SharedTurns
 
 T = TypeVar("T")
 log = logging.getLogger("abhiapi")
@@ -262,7 +265,7 @@ def start(
             settings.fal_rest_url, settings.fal_key, timeout_s=min(REST_TIMEOUT_S, settings.upstream_timeout_s)
         ),
         limits=limits,
-        gate=Gate(settings.fal_concurrency, settings.fal_queue_s, shared=limits.shared, metrics=metrics),
+        gate=Gate(settings.fal_concurrency, settings.fal_queue_s, shared=_shared_turns(limits), metrics=metrics),
         metrics=metrics,
         process_id=process_id,
         lock=lock,
@@ -283,3 +286,11 @@ def start(
     metrics.gauge("abhiapi_alerts_standing", "Alerts that stand", lambda: len(runtime.standing))
     metrics.gauge("abhiapi_oldest_open_hold_seconds", "Age of the oldest open hold", runtime.oldest_hold_s)
     return runtime
+
+
+def _shared_turns(limits: CallLimits) -> SharedTurns | None:
+    if limits.shared is None:
+        return None
+    from abhiapi.shared_turns import SharedTurns  # here, because most serve with memory:// and need no redis
+
+    return SharedTurns(limits.shared)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import gevent
 
 from abhiapi.redis_line import TIMEOUT_S, Command, RedisAway, RedisLine
-from abhiapi.shared_scripts import ENTER, FORGET, HIT, LEAVE, RECOUNT, RENEW, SCRIPTS, SHA, TAKE
+from abhiapi.shared_scripts import ENTER, FORGET, HIT, LEAVE, RECOUNT, RENEW, SCRIPTS, SHA
 from abhiapi.windows import Standing
 
 log = logging.getLogger("abhiapi")
@@ -50,7 +50,7 @@ class SharedCounts:
     ) -> None:
         """``running``: the calls of this process that hold a place, as (key, member)."""
         self._all_running = [running]
-        self._lease = int(lease_s * _MICROS)
+        self.lease = int(lease_s * _MICROS)
         self._lease_s, self._renew_s = lease_s, renew_s
         self._recent: deque[tuple[float, int, str]] = deque(maxlen=RECENT_MAX)  # calls admitted here in the last minute
         self._left: deque[tuple[float, int, str]] = deque(maxlen=LEFT_MAX)  # places that Redis may still count
@@ -69,7 +69,7 @@ class SharedCounts:
     def enter(self, key_id: int, member: str, *, at_once: int, per_minute: int) -> tuple[Verdict, Standing] | None:
         """Take a place and count one call of the minute, or neither."""
         window = WINDOW_S * _MICROS
-        answer = self._ask(ENTER, (_places(key_id), _minute(key_id)), member, at_once, per_minute, self._lease, window)
+        answer = self.ask(ENTER, (places_of(key_id), _minute(key_id)), member, at_once, per_minute, self.lease, window)
         if answer is None:
             self._left_behind(key_id, member)  # Redis may have heard it: if the call is not made, nobody gives it back
             return None
@@ -87,29 +87,22 @@ class SharedCounts:
 
     def leave(self, key_id: int, member: str) -> Standing | None:
         """Give a place back; how the key's minute stands then."""
-        answer = self._ask(LEAVE, (_places(key_id), _minute(key_id)), member, WINDOW_S * _MICROS)
+        answer = self.ask(LEAVE, (places_of(key_id), _minute(key_id)), member, WINDOW_S * _MICROS)
         if answer is None:
             self._left_behind(key_id, member)
         return None if answer is None else _standing(answer)
 
     def standing(self, key_id: int) -> Standing | None:
-        answer = self._ask(LEAVE, (_places(key_id), _minute(key_id)), "", WINDOW_S * _MICROS)
+        answer = self.ask(LEAVE, (places_of(key_id), _minute(key_id)), "", WINDOW_S * _MICROS)
         return None if answer is None else _standing(answer)
 
-    def take(self, key_id: int, member: str, at_once: int) -> tuple[bool, int] | None:
-        """Take a place alone: whether there was one, and how many are taken now. With 0 at once it only looks."""
-        answer = self._ask(TAKE, (_places(key_id),), member, at_once, self._lease)
-        if answer is None:
-            self._left_behind(key_id, member)
-            return None
-        return answer[0] == 0, answer[1]
-
-    def give_back(self, key_id: int, member: str) -> None:
-        """Give a place back without waiting until Redis has heard it."""
+    def give_back(self, key_id: int, *members: str) -> None:
+        """Give places back without waiting until Redis has heard it."""
         try:
-            self._line.tell(*_command(FORGET, [_places(key_id)], member))
+            self._line.tell(*_command(FORGET, [places_of(key_id)] * len(members), *members))
         except RedisAway:
-            self._left_behind(key_id, member)
+            for member in members:
+                self._left_behind(key_id, member)
 
     def also_running(self, running: Running) -> None:
         """Renew these places too."""
@@ -117,15 +110,19 @@ class SharedCounts:
 
     def hit(self, key: str, member: str, *, amount: int, limit: int, window_s: int) -> tuple[bool, Standing] | None:
         """Count in a window of its own, apart from calls; an amount of 0 only looks."""
-        answer = self._ask(HIT, (f"abhiapi:window:{key}",), member, amount, limit, window_s * _MICROS)
+        answer = self.ask(HIT, (f"abhiapi:window:{key}",), member, amount, limit, window_s * _MICROS)
         return None if answer is None else (answer[0] == 0, _standing(answer[1:]))
 
-    def _ask(self, script: str, names: tuple[str, ...], *arguments: str | int) -> list[int] | None:
+    def ask(self, script: str, names: tuple[str, ...], *arguments: str | int) -> Any:
+        """What a script answers; None while Redis is away, which may have heard it all the same."""
         try:
-            answer: list[int] = self._line.ask("EVALSHA", SHA[script], len(names), *names, *arguments)
+            return self._line.ask("EVALSHA", SHA[script], len(names), *names, *arguments)
         except RedisAway:
             return None
-        return answer
+
+    def tell(self, *command: str | int) -> None:
+        """Raises `RedisAway` where Redis is known to be away."""
+        self._line.tell(*command)
 
     def _left_behind(self, key_id: int, member: str) -> None:
         now = monotonic()
@@ -153,8 +150,8 @@ class SharedCounts:
         commands: list[Command] = []
         for start in range(0, len(calls), TOLD_AT_ONCE):
             part = calls[start : start + TOLD_AT_ONCE]
-            names = [_places(key_id) for key_id, _ in part]
-            commands.append(_command(RENEW, names, self._lease, *(member for _, member in part)))
+            names = [places_of(key_id) for key_id, _ in part]
+            commands.append(_command(RENEW, names, self.lease, *(member for _, member in part)))
         return commands
 
     def _missed(self) -> Iterator[list[Command]]:
@@ -172,7 +169,7 @@ class SharedCounts:
         self._left.clear()
         for start in range(0, len(left), TOLD_AT_ONCE):
             part = left[start : start + TOLD_AT_ONCE]
-            words.append(_command(FORGET, [_places(key_id) for _, key_id, _ in part], *(entry[2] for entry in part)))
+            words.append(_command(FORGET, [places_of(key_id) for _, key_id, _ in part], *(entry[2] for entry in part)))
         return words + self._renewals()
 
     def _recount(self, calls: list[tuple[float, int, str]]) -> Command:
@@ -191,7 +188,7 @@ def _standing(answer: list[Any]) -> Standing:
     return Standing(answer[0], answer[1] / _MICROS)
 
 
-def _places(key_id: int) -> str:
+def places_of(key_id: int) -> str:
     return f"abhiapi:{{{key_id}}}:places"
 
 

@@ -4,7 +4,10 @@ Run under `gevent.monkey`, as a server is. Waits longer for Redis than one, sinc
 enter KEY N     that many calls at once: how many were admitted, refused for places, refused for the minute
 leave KEY N     so many of the admitted ones end, or all that there are
 make KEY N      that many calls, one after the other, each ended before the next
-state           whether Redis is in use, how many decisions were made without it, and how many calls fal works on
+turns N ACCOUNT that many calls come to the gate before fal: answered when they are there, not when they have begun
+over N ACCOUNT  so many of those that fal works on end, or all that there are
+state           whether Redis is in use, how many decisions were made without it, how many calls of each account fal
+                works on, and how many wait for their turn
 """
 
 import json
@@ -14,11 +17,12 @@ from collections import Counter
 import gevent
 from gevent.fileobject import FileObject
 
-from abhiapi.errors import AbhiError
+from abhiapi.errors import AbhiError, UpstreamBusy
 from abhiapi.fairness import Turn
 from abhiapi.gate import Gate
 from abhiapi.limits import CallLimits, Lease
 from abhiapi.settings import Settings
+from abhiapi.shared_turns import SharedTurns
 
 
 def main(url: str, lease_s: str, renew_s: str, environ: str) -> None:
@@ -27,8 +31,11 @@ def main(url: str, lease_s: str, renew_s: str, environ: str) -> None:
     limits = CallLimits(
         settings, on_fallback=lambda: alone.append(1), lease_s=float(lease_s), renew_s=float(renew_s), timeout_s=5
     )
-    gate = Gate(settings.fal_concurrency, settings.fal_queue_s, shared=limits.shared)
-    turns: list[Turn | None] = []
+    assert limits.shared is not None
+    gate = Gate(
+        settings.fal_concurrency, settings.fal_queue_s, shared=SharedTurns(limits.shared, waits_s=float(lease_s))
+    )
+    running: dict[str, list[Turn | None]] = {}
     leases: dict[int, list[Lease]] = {}
 
     def enter(key_id: int) -> str:
@@ -45,8 +52,19 @@ def main(url: str, lease_s: str, renew_s: str, environ: str) -> None:
         leases[key_id].pop().release()
         return 1
 
-    def take_turn() -> None:
-        turns.append(gate.enter(1, has_hung_up=lambda: False, before_waiting=lambda: None))
+    def take_turn(account: str) -> None:
+        try:
+            turn = gate.enter(int(account), has_hung_up=lambda: False, before_waiting=lambda: None)
+        except UpstreamBusy:
+            return
+        running.setdefault(account, []).append(turn)
+
+    def end_turns(number: int, account: str) -> int:
+        turns = running.get(account, [])
+        ending, turns[:] = turns[:number], turns[number:]
+        for turn in ending:
+            gate.end(turn)
+        return len(ending)
 
     for line in FileObject(sys.stdin.buffer, "rb"):
         command, *words = line.decode().split()
@@ -63,14 +81,18 @@ def main(url: str, lease_s: str, renew_s: str, environ: str) -> None:
                     leave(int(words[0]))
             answer = Counter(outcomes)
         elif command == "turns":
-            answer = len([gevent.spawn(take_turn) for _ in range(int(words[0]))])
+            answer = len([gevent.spawn(take_turn, words[1]) for _ in range(int(words[0]))])
+            gevent.sleep(0)
         elif command == "over":
-            ending = [turns.pop(0) for _ in range(min(len(turns), int(words[0])))]
-            for turn in ending:
-                gate.end(turn)
-            answer = len(ending)
+            answer = end_turns(int(words[0]), words[1])
         else:
-            answer = {"shared": limits.is_shared(), "alone": len(alone), "running": len(turns)}
+            counts = {account: len(turns) for account, turns in running.items()}
+            answer = {
+                "shared": limits.is_shared(),
+                "alone": len(alone),
+                "running": counts,
+                "waiting": gate.waiting(),
+            }
         print(json.dumps(answer), flush=True)
 
 

@@ -23,9 +23,9 @@ class Child:
 
     @classmethod
     @contextmanager
-    def started(cls, url: str, **settings: str) -> Iterator[Child]:
+    def started(cls, url: str, lease_s: str = LEASE_S, **settings: str) -> Iterator[Child]:
         module = ["-m", "gevent.monkey", "--module", "tests.limits_child"]
-        command = [sys.executable, *module, url, LEASE_S, RENEW_S, json.dumps(settings)]
+        command = [sys.executable, *module, url, lease_s, RENEW_S, json.dumps(settings)]
         with subprocess.Popen(
             command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as popen:
@@ -47,14 +47,19 @@ class Child:
         self.say(command)
         return self.hear()
 
+    def running(self, account: int) -> int:
+        """How many calls of an account fal works on for this process."""
+        found: dict[str, int] = self.ask("state")["running"]
+        return found.get(str(account), 0)
+
     def is_shared(self) -> bool:
         return bool(self.ask("state")["shared"])
 
 
 @contextmanager
-def children(url: str, number: int, settings: dict[str, str]) -> Iterator[list[Child]]:
+def children(url: str, number: int, settings: dict[str, str], lease_s: str = LEASE_S) -> Iterator[list[Child]]:
     with ExitStack() as stack:
-        started = [stack.enter_context(Child.started(url, **settings)) for _ in range(number)]
+        started = [stack.enter_context(Child.started(url, lease_s, **settings)) for _ in range(number)]
         for child in started:
             until(child.is_shared, what="it has found Redis")
         yield started

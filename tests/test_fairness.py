@@ -15,8 +15,6 @@ from abhiapi.gate import Gate
 from abhiapi.telemetry import Times
 from tests import raw_http
 from tests.harness import Fal, Server, until
-from tests.limits_processes import children
-from tests.redis_server import RedisServer
 from tests.scripted import PICTURE, House, answer
 
 BURSTING, OTHER, THIRD = 1, 2, 3
@@ -185,34 +183,6 @@ def test_a_call_whose_turn_does_not_come_in_time_is_told_when_to_come_again() ->
     assert gate.waiting() == 0
     gate.end(first)
     gate.end(enter(gate))
-
-
-def test_places_are_shared_by_all_processes_and_a_killed_ones_are_free_again(own_redis: RedisServer) -> None:
-    """Four at once, of twenty calls that come to two processes; then one of the processes dies with its share."""
-    settings = {"ABHIAPI_FAL_CONCURRENCY": "4", "ABHIAPI_FAL_QUEUE_S": "600"}
-    with children(own_redis.url(), 2, settings) as pair:
-
-        def running() -> int:
-            number = sum(child.ask("state")["running"] for child in pair)
-            assert number <= 4
-            return number
-
-        for child in pair:
-            child.ask("turns 10")
-        served = 0
-        while served < 12:
-            until(lambda: running() == 4, what="all places are taken")
-            for child in pair:
-                served += child.ask("over 1")
-        until(lambda: running() == 4, what="all places are taken again")
-        killed, alive = pair
-        until(lambda: alive.ask("over 1") == 1, what="the other one has a turn as well")
-        served_alive = alive.ask("state")["running"]
-        killed.popen.kill()
-        pair.remove(killed)
-        alive.ask("turns 10")
-        until(lambda: running() == 4, what="the killed process's places are taken")
-        assert served_alive <= 4
 
 
 # --- the gate before a call -------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = tuple(
         db db_base db_sqlite db_postgres db_postgres_tx liveness migrations migrations_postgres
         http_parser http_adapter fal fal_keys platform_api operator_webhook
         signing outbound passwords
-        metrics polls windows redis_line shared_scripts shared_counts logs tracing
+        metrics polls windows redis_line shared_scripts shared_counts shared_turns logs tracing
         """,
         """
         ledger spending calls jobs billing idempotency keys accounts processes
@@ -99,6 +99,7 @@ IN_SECONDS = {
     "gate",
     "redis_line",
     "shared_counts",
+    "shared_turns",
     "windows",
     "sandbox",
     "wsgi",
