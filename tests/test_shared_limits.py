@@ -84,9 +84,10 @@ def test_when_redis_dies_each_process_counts_and_when_it_is_back_all_count_toget
 def test_redis_frozen_and_killed_under_load_moves_no_money_and_refuses_nobody(
     own_redis: RedisServer, fal: Fal, tmp_path: Path
 ) -> None:
-    """Rows 32 and 34: sixty calls with credit for twelve, while Redis stands still and then dies."""
+    """Rows 32 and 34: sixty calls with credit for twelve, while Redis stands still and then dies. They take turns."""
     credit, cost = 315, 26_250
-    with Server.started(tmp_path, fal.url, ABHIAPI_LIMITS_URL=own_redis.url()) as server:
+    turns = {"ABHIAPI_FAL_CONCURRENCY": "4", "ABHIAPI_FAL_QUEUE_S": "600"}
+    with Server.started(tmp_path, fal.url, ABHIAPI_LIMITS_URL=own_redis.url(), **turns) as server:
         name, key = server.books.account(credit)
         _, other = server.books.account(credit)
         assert server.post(key).headers["X-RateLimit-Remaining"] == "99999"
@@ -94,6 +95,7 @@ def test_redis_frozen_and_killed_under_load_moves_no_money_and_refuses_nobody(
         names = own_redis.names()
         assert any(b"places" in found for found in names) or any(b"minute" in found for found in names)
         assert any(found.startswith(b"abhiapi:window:LIMITER") for found in names)  # Flask-Limiter's, of /v1
+        assert b"abhiapi:{0}:turns" in names
         with ThreadPoolExecutor(8) as pool:
             first = [pool.submit(server.post, key) for _ in range(8)]
             own_redis.freeze()
