@@ -268,7 +268,11 @@ class Server:
         arguments = serving.gunicorn_arguments(f"127.0.0.1:{port}", workers)
         process = Process.gunicorn(arguments, folder / "server.log", env, cwd)
         server = cls(process, f"http://127.0.0.1:{port}", Books(database), folder, env)
-        until(lambda: _answers(server.url + "/healthz", process), what="the server answers", within_s=START_S)
+        try:
+            until(lambda: _answers(server.url + "/healthz", process), what="the server answers", within_s=START_S)
+        except BaseException:
+            process.kill()
+            raise
         return server
 
     def post(

@@ -23,12 +23,13 @@ import runpy
 import signal
 import socket
 import sys
-from importlib import import_module
+from importlib import import_module, reload
 from pkgutil import walk_packages
 
 from gunicorn import config
 
 import abhiapi
+from abhiapi import draining
 
 fork, waitpid = monkey.get_original("os", ["fork", "waitpid"])
 plain_select = monkey.get_original("select", "select")
@@ -91,6 +92,7 @@ def become(arguments: list[str], env: dict[str, str], cwd: str, log: str) -> Non
     sys.path[0] = cwd
     sys.argv = ["gunicorn", *arguments]
     config.Chdir.default = cwd  # it remembers where it was loaded
+    reload(draining)  # which shares a byte with all that is forked from it
     runpy.run_module("gunicorn", run_name="__main__", alter_sys=True)
 
 
