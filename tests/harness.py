@@ -23,6 +23,7 @@ from abhiapi import accounts, audit, keys, ledger, reports, serving
 from abhiapi.db import Database, Tx, database_at
 from abhiapi.migrations import migrate
 from abhiapi.money import Micros
+from tests import warm
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +79,7 @@ def environment(**settings: str) -> dict[str, str]:
 class Process:
     """A child process whose output goes to a file."""
 
-    popen: subprocess.Popen[bytes]
+    popen: subprocess.Popen[bytes] | warm.Forked
     log: Path
 
     @classmethod
@@ -90,6 +91,11 @@ class Process:
         with open(log, "ab") as out:
             popen = subprocess.Popen(command, cwd=cwd, env=dict(env), stdout=out, stderr=out, start_new_session=True)
         return cls(popen, log)
+
+    @classmethod
+    def gunicorn(cls, arguments: list[str], log: Path, env: Mapping[str, str], cwd: Path) -> Process:
+        """gunicorn with these arguments, as a fork of a process that has loaded it and the product."""
+        return cls(warm.start(arguments, env=env, cwd=cwd, log=log), log)
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")
@@ -129,16 +135,16 @@ class Fal:
         process = Process.start(["cli.py", "sandbox", "--bind", f"127.0.0.1:{port}"], folder / "fal.log", environment())
         running = cls(process, f"http://127.0.0.1:{port}")
         try:
-            until(lambda: _answers(running.url + "/_sandbox/calls", process), what="the simulator answers")
+            until(lambda: _answers(running.url + "/_sandbox/calls?last=0", process), what="the simulator answers")
             yield running
         finally:
             process.kill()
 
     def calls(self, contains: str = "", *, last: int = 10_000) -> list[dict[str, Any]]:
-        """What it received, newest last; those of the last so many whose body or path holds a text."""
-        page = requests.get(f"{self.url}/_sandbox/calls?last={last}", timeout=10).json()
-        received: list[dict[str, Any]] = page["calls"]
-        return [call for call in received if contains in str(call)]
+        """What it received, newest last: so many of the calls that hold a text."""
+        wanted = {"last": str(last), "contains": contains}
+        received: list[dict[str, Any]] = requests.get(f"{self.url}/_sandbox/calls", wanted, timeout=10).json()["calls"]
+        return received
 
     def total(self) -> int:
         """How many calls it has received that may cost: reconcilers of other tests' servers look at jobs meanwhile."""
@@ -259,10 +265,14 @@ class Server:
         env = {name: value for name, value in env.items() if value or name not in settings}
         database = database_at(url)
         migrate(database)
-        arguments = ["-m", "gunicorn", *serving.gunicorn_arguments(f"127.0.0.1:{port}", workers)]
-        process = Process.start(arguments, folder / "server.log", env, cwd=cwd)
+        arguments = serving.gunicorn_arguments(f"127.0.0.1:{port}", workers)
+        process = Process.gunicorn(arguments, folder / "server.log", env, cwd)
         server = cls(process, f"http://127.0.0.1:{port}", Books(database), folder, env)
-        until(lambda: _answers(server.url + "/healthz", process), what="the server answers", within_s=START_S)
+        try:
+            until(lambda: _answers(server.url + "/healthz", process), what="the server answers", within_s=START_S)
+        except BaseException:
+            process.kill()
+            raise
         return server
 
     def post(

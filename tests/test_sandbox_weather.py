@@ -8,6 +8,7 @@ import re
 import threading
 from decimal import Decimal
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import requests
@@ -324,6 +325,15 @@ def test_page_names_every_weather_and_what_is_not_imitated(sim: Fal) -> None:
     assert "does not imitate" in page.text
     for key in (*KEYS, "fal-ai/flux/dev"):
         assert key in page.text
+
+
+def test_calls_are_found_by_any_text_in_them(sim: Fal) -> None:
+    sim.post(FLUX + "?told=in-the-query", {"prompt": "told in the body"}, weather="body=told-in-a-header")
+    sim.post(FLUX, {"prompt": "another"})
+    for text in ("told in the body", "in-the-query", "x-fal-sandbox: body=told", FLUX):
+        assert sim.calls(f"?contains={quote(text)}")[0]["query"] == "told=in-the-query"
+    assert [call["query"] for call in sim.calls(f"?last=1&contains={FLUX}")] == [""]
+    assert sim.calls("?contains=nowhere") == sim.calls("?last=0") == []
 
 
 def test_control_refuses_what_it_does_not_know(sim: Fal) -> None:

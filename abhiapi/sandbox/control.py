@@ -53,7 +53,7 @@ def _calls(sandbox: Sandbox, environ: WSGIEnvironment) -> Reply:
     query = parse_qs(environ.get("QUERY_STRING", ""))
     at_least = _number(query, "at_least", 0, CALLS_MAX * 1_000)
     sandbox.calls.wait_for(at_least, _number(query, "timeout_s", 10, WAIT_MAX_S))
-    latest = sandbox.calls.latest(_number(query, "last", CALLS_MAX, CALLS_MAX))
+    latest = sandbox.calls.latest(_number(query, "last", CALLS_MAX, CALLS_MAX), *query.get("contains", [])[-1:])
     totals = {"total": sandbox.calls.total, "posts": sandbox.calls.posts, "waiting": sandbox.gates.waiting}
     return replies.of_json(200, totals | {"calls": latest})
 
@@ -203,7 +203,8 @@ Weather: how the next answers go wrong
   all keys: {keys}
 
 What it received and billed
-  GET /_sandbox/calls   ?last=N; ?at_least=N&timeout_s=S waits for the Nth call since DELETE /_sandbox/calls
+  GET /_sandbox/calls   ?last=N; ?contains=TEXT in path, query, headers, body or request id; ?at_least=N&timeout_s=S
+                        waits for the Nth call since DELETE /_sandbox/calls
   GET /_sandbox/jobs    the queue's jobs; DELETE forgets them, as fal does some time after they completed
   GET /_sandbox/bill    by fal's rules: 2xx; 4xx with units; never 5xx, 401, 402, 403. DELETE forgets it.
                         delivered is false where the weather broke the answer on its way: fal did the work all the same

@@ -46,6 +46,10 @@ class Received:
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def words(self) -> str:
+        """All that identifies it but its body, in one text."""
+        return "\n".join((self.request_id, self.path, self.query, *map(": ".join, self.headers)))
+
 
 class CallLog:
     """The latest calls, newest last. Texts of bodies are dropped, oldest first, when they add up to too much."""
@@ -79,9 +83,16 @@ class CallLog:
             if left_s <= 0 or not self._arrived.wait(left_s):
                 return
 
-    def latest(self, count: int) -> list[dict[str, Any]]:
-        calls = list(self._calls)[-count:] if count else []
-        return [{**call.as_json(), "body": self._texts.get(call.request_id)} for call in calls]
+    def latest(self, count: int, contains: str = "") -> list[dict[str, Any]]:
+        """So many of the newest calls that have a text in their path, query, headers, body or request id."""
+        found: list[dict[str, Any]] = []
+        for call in reversed(self._calls):
+            if len(found) == count:
+                break
+            body = self._texts.get(call.request_id)
+            if contains in call.words() or (body is not None and contains in body):
+                found.append({**call.as_json(), "body": body})
+        return found[::-1]
 
     def clear(self) -> None:
         self.total = self.posts = 0

@@ -1,0 +1,100 @@
+"""Starts servers that are loaded already, for tests (`warm`): it loads gunicorn and all of the product, then forks.
+
+Each connection to its socket is one server: it says on a line what is wanted, is told the pid, and at the end the
+status. From its first own line on such a server is what `python -m gunicorn` makes: master, workers, their settings.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+from gevent import monkey
+
+# What modules take hold of as they are loaded. The rest is patched in each worker, as usual: the master needs it bare.
+monkey.patch_thread()
+monkey.patch_socket()
+monkey.patch_ssl()
+monkey.patch_select()
+
+import faulthandler
+import gc
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+from importlib import import_module, reload
+from pkgutil import walk_packages
+
+from gunicorn import config
+
+import abhiapi
+from abhiapi import draining
+
+fork, waitpid = monkey.get_original("os", ["fork", "waitpid"])
+plain_select = monkey.get_original("select", "select")
+plain_socket = monkey.get_original("socket", "socket")
+READ_AT_IMPORT = {"abhiapi.wsgi", "abhiapi.gunicorn_config"}  # of the settings: each server loads these itself
+
+
+def main(path: str) -> None:
+    load()
+    listener = plain_socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(16)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    print("listening", flush=True)
+    while listener in plain_select([listener, sys.stdin], [], [])[0]:  # stdin ends with whoever started this
+        connection, _ = listener.accept()
+        if not fork():
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            keep(connection)
+            os._exit(0)
+        connection.close()
+
+
+def load() -> None:
+    for module in ("gunicorn.app.wsgiapp", "psycopg"):
+        import_module(module)
+    for found in walk_packages(abhiapi.__path__, "abhiapi."):
+        if found.name not in READ_AT_IMPORT and not found.name.endswith(".__main__"):
+            import_module(found.name)
+    gc.collect()
+    gc.freeze()  # shared with every server
+
+
+def keep(connection: socket.socket) -> None:
+    """Be the parent of one server."""
+    wanted = json.loads(connection.makefile().readline())
+    pid = fork()
+    if not pid:
+        connection.close()
+        become(**wanted)
+        sys.exit()
+    connection.sendall(f"{pid}\n".encode())
+    _, status = waitpid(pid, 0)
+    connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+
+
+def become(arguments: list[str], env: dict[str, str], cwd: str, log: str) -> None:
+    """Go on as `python -m gunicorn ARGUMENTS` does, in a session of its own."""
+    os.setsid()
+    for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)):
+        opened = os.open(path, flags, 0o644)
+        os.dup2(opened, number)
+        os.close(opened)
+    os.dup2(1, 2)
+    faulthandler.enable()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.path[0] = cwd
+    sys.argv = ["gunicorn", *arguments]
+    config.Chdir.default = cwd  # it remembers where it was loaded
+    reload(draining)  # which shares a byte with all that is forked from it
+    runpy.run_module("gunicorn", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
