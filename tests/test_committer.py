@@ -266,6 +266,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits as a server does, which is patched, and for less than half a second."""
     monkeypatch.setattr(gevent.monkey, "is_module_patched", lambda name: True)
     monkeypatch.setattr(committer, "ANSWER_S", 0.3)
+    monkeypatch.setattr(committer, "CLOSE_PATIENCE_S", 0.3)
 
 
 def slowly(name: str, seconds: float) -> object:
@@ -286,10 +287,10 @@ def test_a_slow_server_gets_through_smaller_groups(database: Database, writer: G
 
 @pytest.mark.engines("postgresql")
 def test_a_write_that_is_too_slow_by_itself_keeps_nobody_back(
-    database: Database, writer: GroupCommitter, impatient: None
+    impatient: None, database: Database, writer: GroupCommitter
 ) -> None:
     stuck = gevent.spawn(writer.write, slowly("stuck", 60), patience_s=60)
-    others = [gevent.spawn(writer.write, create(f"a{n}"), patience_s=20) for n in range(3)]
+    others = [gevent.spawn(writer.write, create(f"a{n}"), patience_s=60) for n in range(3)]
     gevent.joinall(others, raise_error=True)
     assert not stuck.ready()
     assert names(database) == ["a0", "a1", "a2"]
