@@ -6,7 +6,7 @@ MONEY = money estimates pricing metering ledger  # every line and branch of thes
 
 unexport PYTHONDONTWRITEBYTECODE  # set in many containers; here each process would compile all that it imports anew
 
-.PHONY: run test check bench clean servers compiled
+.PHONY: run test check bench clean installed servers compiled
 .DEFAULT_GOAL := run
 
 run: ## Serve fal if FAL_KEY is set (here or in .env), else the built-in simulator with an account to try it with.
@@ -15,20 +15,21 @@ run: ## Serve fal if FAL_KEY is set (here or in .env), else the built-in simulat
 	else exec $(BIN)/abhiapi serve --sandbox --demo --bind 127.0.0.1:$(PORT); fi
 
 test: ## Everything that has to be true, with coverage of the money modules.
-	@tools/bootstrap requirements-dev.txt
-	@$(MAKE) --no-print-directory --jobs=3 check servers compiled
+	@$(MAKE) --no-print-directory --jobs check servers compiled
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(MONEY:%=--cov=abhiapi.%) --cov-report=
 	$(BIN)/python -m coverage report --fail-under=100
+
+installed:
+	@tools/bootstrap requirements-dev.txt
 
 servers:
 	@tools/browser
 	@tools/servers
 
-compiled:  # once, and not by each of the processes that the tests run in
+compiled: installed  # once, and not by each of the processes that the tests run in
 	@$(BIN)/python -m pytest --collect-only -qq >/dev/null || true  # what is wrong the tests will say
 
-check: ## Formatting, lint and types.
-	@tools/bootstrap requirements-dev.txt
+check: installed ## Formatting, lint and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
