@@ -175,7 +175,7 @@ def test_the_webhook_gets_each_alert_once(rt: runtime.Runtime, customer: Custome
     }
 
 
-@pytest.mark.engines("sqlite")  # thousands of looks, of which few write
+@pytest.mark.engines("sqlite")  # hundreds of looks, of which few write
 def test_a_webhook_that_fails_is_tried_again_ever_more_seldom_and_five_times_at_most(
     rt: runtime.Runtime, customer: Customer, receiver: Receiver, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -184,12 +184,12 @@ def test_a_webhook_that_fails_is_tried_again_ever_more_seldom_and_five_times_at_
     receiver.status = 500
     tried_at = []
     start = clock.now_ms
-    for _ in range(3000):
+    for _ in range(1000):
         before = len(receiver.documents)
         alerting.run_once(rt, webhook)
         if len(receiver.documents) > before:
             tried_at.append((clock.now_ms - start) // 1000)
-        clock.tick(5000)
+        clock.tick(15_000)
         if len(tried_at) == alerts.TRIES and clock.now_ms - start > 6_000_000:
             break
     assert tried_at == [0, 15, 60, 240, 960]

@@ -18,7 +18,7 @@ from abhiapi.errors import PriceFileError
 from abhiapi.money import credits_text, to_micros
 from abhiapi.pricing import Catalogue, Price, PriceRule
 
-PROPERTY = settings(deadline=None, derandomize=True, max_examples=600)
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=300)
 RULES = pricing.shipped_rules()
 AT_COST = Catalogue(RULES, (), Decimal(0))
 SHIPPED = Catalogue(RULES, (), Decimal("0.05"))

@@ -50,9 +50,9 @@ def server(fal: Fal, tmp_path: Path, database_url: str) -> Iterator[Server]:
 
 
 def run(server: Server, *arguments: str, **settings: str) -> Done:
-    """The command as a process of its own, with the server's settings."""
+    """The command beside the server, with its settings."""
     env = {name: value for name, value in server.env.items() if name.startswith(("ABHIAPI_", "FAL_"))}
-    return finish(CommandLine(server.folder).start("reconcile", *arguments, **env | settings))
+    return CommandLine(server.folder)("reconcile", *arguments, **env | settings)
 
 
 def told(done: Done, *, is_bill_read: bool = True) -> dict[str, Any]:
@@ -215,7 +215,8 @@ def test_jobs_that_could_not_be_looked_at_are_said_and_stay(server: Server, fal:
     if not settings:
         ordered = [{"match": f"queue/status/{each}", "status": 403} for each in ids]
         requests.post(fal.url + "/_sandbox/weather", json=ordered, timeout=10).raise_for_status()
-    done = run(server, "--json", **settings)
+    env = {name: value for name, value in server.env.items() if name.startswith(("ABHIAPI_", "FAL_"))}
+    done = finish(CommandLine(server.folder).start("reconcile", "--json", **env | settings))  # whose log is on stderr
     assert done.exit_code == 1
     assert json.loads(done.stdout)["failed"] == 3
     assert done.stderr.splitlines()[-1].startswith("error: 3 jobs could not be looked at")

