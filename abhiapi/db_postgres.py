@@ -31,7 +31,7 @@ from abhiapi.db_base import (
     Tx,
     marked,
 )
-from abhiapi.db_postgres_tx import AdapterContext, Connection, PostgresTx, Statements
+from abhiapi.db_postgres_tx import STATEMENTS, AdapterContext, Connection, PostgresTx
 from abhiapi.errors import DatabaseUnavailable, SchemaError
 from abhiapi.liveness import ProcessLock
 
@@ -175,7 +175,7 @@ class PostgresDatabase(Database):
             raise SchemaError("the database has no name: use postgresql://user@host/name")
         self.name = url.set(drivername="postgresql", query={}).set(password=None).render_as_string()
         self._parameters = _parameters(url)
-        self.statements = Statements()
+        self.statements = STATEMENTS
         self._idle: list[Connection] = []
         self._turns = gevent.lock.BoundedSemaphore(READERS_MAX)
         self._snapshot_turns = gevent.lock.BoundedSemaphore(SNAPSHOTS_MAX)

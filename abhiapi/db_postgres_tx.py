@@ -116,7 +116,7 @@ class Compiled:
 
 
 class Statements:
-    """The statements of a database as its driver wants them, each compiled once."""
+    """Statements as the driver wants them, each compiled once for all databases of a process."""
 
     def __init__(self) -> None:
         self._dialect = PGDialect_psycopg()  # type: ignore[no-untyped-call]
@@ -155,6 +155,9 @@ class Statements:
             counts = [b"(SELECT count(*) FROM " + name + b")" for name in numbers]
             known = self._moves[key] = b"WITH " + b", ".join(steps) + b" SELECT " + b", ".join(counts)
         return known
+
+
+STATEMENTS = Statements()
 
 
 class PostgresTx(Tx):

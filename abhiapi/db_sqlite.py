@@ -37,14 +37,15 @@ _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _DANGLING = text('SELECT "table", parent, COUNT(*) FROM pragma_foreign_key_check GROUP BY "table", parent')
 
 
-class SqliteTx(Tx):
-    __slots__ = ("_compiled", "_connection", "_dialect")
+_DIALECT: Dialect = sqlite_dialect()
 
-    def __init__(self, connection: sqlite3.Connection, dialect: Dialect, compiled: dict[int, _Compiled]) -> None:
+
+class SqliteTx(Tx):
+    __slots__ = ("_connection",)
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
         super().__init__()
         self._connection = connection
-        self._dialect = dialect
-        self._compiled = compiled
 
     def run(self, statement: Executable, **params: Any) -> int:
         return self._execute(statement, params).rowcount
@@ -78,16 +79,14 @@ class SqliteTx(Tx):
 
     def load(self, table: Table, rows: Iterator[Row]) -> None:
         names = [column.name for column in table.columns]
-        statement = str(table.insert().compile(dialect=self._dialect, column_keys=names))
+        statement = str(table.insert().compile(dialect=_DIALECT, column_keys=names))
         self._connection.executemany(statement, rows)
 
     def dangling(self) -> list[tuple[str, str, int]]:
         return [(row[0], row[1], row[2]) for row in self.all(_DANGLING)]
 
     def _execute(self, statement: Executable, params: Mapping[str, Any]) -> sqlite3.Cursor:
-        compiled = self._compiled.get(id(statement))
-        if compiled is None:
-            compiled = self._compiled[id(statement)] = _Compiled(statement, self._dialect)
+        compiled = _COMPILED.get(id(statement)) or compile_once(statement)
         arguments = compiled.arguments(params)
         for value in arguments:
             if type(value) is str and "\0" in value:
@@ -100,9 +99,9 @@ class _Compiled:
 
     __slots__ = ("_constants", "_names", "sql", "statement")
 
-    def __init__(self, statement: Executable, dialect: Dialect) -> None:
+    def __init__(self, statement: Executable) -> None:
         self.statement = statement
-        compiled = statement.compile(dialect=dialect)  # type: ignore[attr-defined]
+        compiled = statement.compile(dialect=_DIALECT)  # type: ignore[attr-defined]
         self.sql = str(compiled)
         self._names: list[str] = list(compiled.positiontup or ())
         self._constants = {name: value for name, value in compiled.params.items() if value is not None}
@@ -110,6 +109,13 @@ class _Compiled:
     def arguments(self, params: Mapping[str, Any]) -> list[Any]:
         constants = self._constants
         return [params[name] if name in params else constants[name] for name in self._names]
+
+
+_COMPILED: dict[int, _Compiled] = {}  # for all databases of a process, and for ever
+
+
+def compile_once(statement: Executable) -> _Compiled:
+    return _COMPILED.setdefault(id(statement), _Compiled(statement))
 
 
 class SqliteSession(Session):
@@ -205,8 +211,6 @@ class SqliteDatabase(Database):
             raise SchemaError("the ledger must be a file: use sqlite:////absolute/path.db")
         self.path = Path(url.database).resolve()
         self.name = str(self.path)
-        self._dialect = sqlite_dialect()
-        self._compiled: dict[int, _Compiled] = {}
 
     @classmethod
     def at(cls, path: Path) -> SqliteDatabase:
@@ -246,7 +250,7 @@ class SqliteDatabase(Database):
         return connection
 
     def tx(self, connection: sqlite3.Connection) -> Tx:
-        return SqliteTx(connection, self._dialect, self._compiled)
+        return SqliteTx(connection)
 
     def session(self, *, patience_s: float, answer_s: float | None = None) -> SqliteSession:
         return SqliteSession(self, patience_s)

@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from datetime import date
 from decimal import Decimal
+from functools import cache
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -41,6 +42,7 @@ def load_rules(text: str) -> tuple[PriceRule, ...]:
     return tuple(rules.values())
 
 
+@cache
 def shipped_rules() -> tuple[PriceRule, ...]:
     """The catalogue that comes with this version of the program."""
     return load_rules(resources.files("abhiapi").joinpath("prices.toml").read_text("utf-8"))

@@ -27,9 +27,10 @@ from importlib import import_module, reload
 from pkgutil import walk_packages
 
 from gunicorn import config
+from sqlalchemy.sql import Executable
 
 import abhiapi
-from abhiapi import draining
+from abhiapi import db_sqlite, draining, pricing
 
 fork, waitpid = monkey.get_original("os", ["fork", "waitpid"])
 plain_select = monkey.get_original("select", "select")
@@ -60,6 +61,10 @@ def load() -> None:
     for found in walk_packages(abhiapi.__path__, "abhiapi."):
         if found.name not in READ_AT_IMPORT and not found.name.endswith(".__main__"):
             import_module(found.name)
+    pricing.shipped_rules()
+    ours = [vars(module) for name, module in sys.modules.items() if name.startswith("abhiapi.")]
+    for statement in [value for names in ours for value in names.values() if isinstance(value, Executable)]:
+        db_sqlite.compile_once(statement)
     gc.collect()
     gc.freeze()  # shared with every server
 
