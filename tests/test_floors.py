@@ -112,15 +112,18 @@ IN_SECONDS = {
 }
 
 
-@cache
-def modules() -> dict[str, ast.Module]:
-    """Every module of the package by its name in it; packages by theirs."""
+def paths() -> dict[str, Path]:
+    """Where every module of the package is, by its name in it; packages by theirs."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        found[name] = ast.parse(path.read_text(), str(path))
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    return {name: ast.parse(path.read_text(), str(path)) for name, path in paths().items()}
 
 
 def all_but(*excluded: str) -> list[str]:
@@ -184,7 +187,7 @@ def test_every_module_has_its_floor_and_every_floor_its_modules() -> None:
     assert top == {name for floor in FLOORS for name in floor}
 
 
-@pytest.mark.parametrize("module", [name for name in modules() if name])
+@pytest.mark.parametrize("module", [name for name in paths() if name])
 def test_imports_point_down(module: str) -> None:
     for other in imported_modules(module):
         assert floor_of(other) <= floor_of(module), f"{module} imports {other}, which is above it"
