@@ -355,7 +355,7 @@ def test_fifty_at_once_with_credit_for_five(shared_server: Server, fal: Fal, boo
     assert len(books.calls(name)) == 5
 
 
-def test_a_thousand_calls_without_credit_never_reach_fal(shared_server: Server, fal: Fal, books: Books) -> None:
+def test_hundreds_of_calls_without_credit_never_reach_fal(shared_server: Server, fal: Fal, books: Books) -> None:
     name, key = books.account(27)
     assert shared_server.post(key, body={"prompt": f"exhausted {name}"}).status_code == 200
     seen = fal.total()
@@ -368,7 +368,7 @@ def test_a_thousand_calls_without_credit_never_reach_fal(shared_server: Server, 
                 for path in paths
             }
 
-    paths = ["/fal-ai/flux/dev", "/fal-ai/flux/dev/stream", KLING, UPSCALER] * 25
+    paths = ["/fal-ai/flux/dev", "/fal-ai/flux/dev/stream", KLING, UPSCALER] * 10
     with ThreadPoolExecutor(10) as pool:
         assert set().union(*pool.map(call_many, [paths] * 10)) == {402}
     assert len(fal.calls(f"exhausted {name}")) == 1

@@ -24,7 +24,7 @@ from tests.command_line import CommandLine, finish
 from tests.harness import Fal, Server, until
 from tests.test_queue import Jobs
 
-CALLS = 2_400
+CALLS = 2_000
 AT_ONCE = 16
 MODELS: dict[str, dict[str, Any]] = {
     "fal-ai/flux/dev": {"prompt": "a day", "image_size": "square_hd"},
