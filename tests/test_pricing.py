@@ -403,3 +403,14 @@ def test_a_formula_that_cannot_see_the_units_holds_what_calls_have_cost() -> Non
     assert (learned.amount_micros, "99 of 100" in learned.basis) == (dear, True)
     cheap = pricing.ceiling(replace(known, costs=pricing.Costs(100, Micros(1), Micros(1))), {})
     assert cheap.amount_micros == plain.amount_micros
+
+
+def test_a_price_far_above_the_rules_is_held_for_whole_and_a_guess() -> None:
+    """fal counts larger units now: the hold is the formula at the new price, and a charge is never computed from it."""
+    (rule, *_) = pricing.shipped_rules()
+    dearer = rule.fal_unit_price_usd * 1000
+    word = pricing.FalPrice(rule.model, rule.unit, dearer, "priced", "fal api", "")
+    before = pricing.Catalogue((rule,), (), Decimal(0)).price_of(rule.model)
+    after = pricing.Catalogue((rule,), (), Decimal(0), synced=[word]).price_of(rule.model)
+    assert after.estimate.is_guess
+    assert pricing.ceiling(after, {}).amount_micros == 1000 * pricing.ceiling(before, {}).amount_micros
