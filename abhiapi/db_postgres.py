@@ -31,7 +31,7 @@ from abhiapi.db_base import (
     Tx,
     marked,
 )
-from abhiapi.db_postgres_tx import STATEMENTS, AdapterContext, Connection, PostgresTx
+from abhiapi.db_postgres_tx import AdapterContext, Connection, PostgresTx
 from abhiapi.errors import DatabaseUnavailable, SchemaError
 from abhiapi.liveness import ProcessLock
 
@@ -93,7 +93,7 @@ class PostgresSession(Session):
         self._database = database
         self.patience_s = patience_s
         self._connection = database.connect(in_full=False, lock_timeout=_milliseconds(patience_s), **options)
-        self.tx: PostgresTx = PostgresTx(self._connection, database.statements)
+        self.tx: PostgresTx = PostgresTx(self._connection)
         self._both = psycopg.ClientCursor(self._connection)  # which may send two statements with values at once
         self._writer = secrets.randbits(62)
         self._number = 0
@@ -175,7 +175,6 @@ class PostgresDatabase(Database):
             raise SchemaError("the database has no name: use postgresql://user@host/name")
         self.name = url.set(drivername="postgresql", query={}).set(password=None).render_as_string()
         self._parameters = _parameters(url)
-        self.statements = STATEMENTS
         self._idle: list[Connection] = []
         self._turns = gevent.lock.BoundedSemaphore(READERS_MAX)
         self._snapshot_turns = gevent.lock.BoundedSemaphore(SNAPSHOTS_MAX)
@@ -243,7 +242,7 @@ class PostgresDatabase(Database):
                 is_sound = False
                 try:
                     with self.translating():
-                        result = op(PostgresTx(connection, self.statements), connection)
+                        result = op(PostgresTx(connection), connection)
                     is_sound = True
                     return result
                 except DatabaseUnavailable:

@@ -161,18 +161,17 @@ STATEMENTS = Statements()
 
 
 class PostgresTx(Tx):
-    __slots__ = ("_connection", "_cursor", "_numbers", "_statements", "changes")
+    __slots__ = ("_connection", "_cursor", "_numbers", "changes")
 
-    def __init__(self, connection: Connection, statements: Statements) -> None:
+    def __init__(self, connection: Connection) -> None:
         super().__init__()
         self._connection = connection
-        self._statements = statements
         self._cursor = connection.cursor()
         self._numbers = count(1)
         self.changes = 0
 
     def run(self, statement: Executable, **params: Any) -> int:
-        changed = self._execute(self._statements.of(statement), params).rowcount
+        changed = self._execute(STATEMENTS.of(statement), params).rowcount
         self.changes += changed
         return changed
 
@@ -189,13 +188,13 @@ class PostgresTx(Tx):
         """As everywhere, a few rows in one statement."""
         while self._sums:
             some = [self._sums.pop(key) for key in list(self._sums)[:SUMS_AT_ONCE]]
-            moves = [self._statements.of(roll_up.move) for roll_up, _ in some]
+            moves = [STATEMENTS.of(roll_up.move) for roll_up, _ in some]
             arguments = {
                 f"s{number}_{name}": value
                 for number, (move, (_, sums)) in enumerate(zip(moves, some, strict=True))
                 for name, value in move.arguments(sums).items()
             }
-            moved = self._executed(self._statements.all_of(moves), arguments).fetchone() or ()
+            moved = self._executed(STATEMENTS.all_of(moves), arguments).fetchone() or ()
             for (roll_up, sums), is_there in zip(some, moved, strict=True):
                 if is_there:
                     self.changes += 1
@@ -203,18 +202,18 @@ class PostgresTx(Tx):
                     self.run(roll_up.begin, **sums)
 
     def one(self, statement: Executable, **params: Any) -> Row | None:
-        return self._rows(self._statements.of(statement), params).fetchone()
+        return self._rows(STATEMENTS.of(statement), params).fetchone()
 
     def all(self, statement: Executable, **params: Any) -> list[Row]:
-        return self._rows(self._statements.of(statement), params).fetchall()
+        return self._rows(STATEMENTS.of(statement), params).fetchall()
 
     def insert(self, statement: Executable, **params: Any) -> int:
-        row = self._rows(self._statements.of(statement, returning_key=True), params).fetchone()
+        row = self._rows(STATEMENTS.of(statement, returning_key=True), params).fetchone()
         assert row is not None
         return int(row[0])
 
     def each(self, statement: Executable, **params: Any) -> Iterator[Row]:
-        compiled = self._statements.of(statement)
+        compiled = STATEMENTS.of(statement)
         with self._connection.cursor(f"abhiapi_{next(self._numbers)}") as cursor:
             cursor.itersize = STEP_ROWS
             cursor.execute(compiled.sql, compiled.arguments(params))
@@ -270,8 +269,8 @@ class PostgresTx(Tx):
         return row
 
     def _both(self, form: bytes, first: Written, second: Written) -> psycopg.Cursor[Row]:
-        one, other = self._statements.of(first[0]), self._statements.of(second[0])
-        query = self._statements.together(form, one, other)
+        one, other = STATEMENTS.of(first[0]), STATEMENTS.of(second[0])
+        query = STATEMENTS.together(form, one, other)
         return self._executed(
             query, {f"a_{name}": value for name, value in one.arguments(first[1]).items()} | other.arguments(second[1])
         )

@@ -103,7 +103,7 @@ def arrival(target: Database, version: int, number: str, origin: str) -> Iterato
             connection.execute(
                 "INSERT INTO abhiapi_schema (version, arriving, origin) VALUES (%s, %s, %s)", (version, number, origin)
             )
-            yield PostgresTx(connection, target.statements)
+            yield PostgresTx(connection)
             connection.execute("COMMIT", prepare=False)
     finally:
         connection.close()

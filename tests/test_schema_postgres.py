@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from abhiapi import calls, tables
+from abhiapi import calls, db_postgres_tx, tables
 from abhiapi.db_postgres import PostgresDatabase
 from abhiapi.migrations import schema_sql
 from abhiapi.migrations_postgres import schema_sql as schema_postgres_sql
@@ -117,7 +117,7 @@ def test_every_statement_is_understood(database: PostgresDatabase) -> None:
     """One text serves both engines, and this one can plan each, whatever the types of its parameters."""
     with database.connect() as connection:
         for name in sorted(STATEMENTS.keys() - NEVER_RUN - {"db_sqlite._DANGLING"}):
-            compiled = database.statements.of(STATEMENTS[name])
+            compiled = db_postgres_tx.STATEMENTS.of(STATEMENTS[name])
             query = b"EXPLAIN " + compiled.sql
             rows = connection.execute(query, dict.fromkeys(compiled._names), prepare=False).fetchall()
             assert rows, name
@@ -136,7 +136,7 @@ def test_without_statistics_no_look_up_reads_all_calls(
         " created_at, finished_at) SELECT call_id + n, account_id, key_id, price_id, process_id, mode, 'released', 1,"
         " 1, 1, 1 FROM calls, generate_series(1, 5000) n"
     )
-    query = database.statements.of(STATEMENTS[name])
+    query = db_postgres_tx.STATEMENTS.of(STATEMENTS[name])
     with database.connect(plan_cache_mode="force_generic_plan") as connection:
         arguments = query.arguments({"after": 0, "most": 100})
         row = connection.execute(b"EXPLAIN (ANALYZE, FORMAT JSON) " + query.sql, arguments).fetchone()
