@@ -35,8 +35,6 @@ _PRAGMAS = (
 )
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _DANGLING = text('SELECT "table", parent, COUNT(*) FROM pragma_foreign_key_check GROUP BY "table", parent')
-
-
 _DIALECT: Dialect = sqlite_dialect()
 
 
@@ -86,7 +84,7 @@ class SqliteTx(Tx):
         return [(row[0], row[1], row[2]) for row in self.all(_DANGLING)]
 
     def _execute(self, statement: Executable, params: Mapping[str, Any]) -> sqlite3.Cursor:
-        compiled = _COMPILED.get(id(statement)) or compile_once(statement)
+        compiled = compile_once(statement)
         arguments = compiled.arguments(params)
         for value in arguments:
             if type(value) is str and "\0" in value:
@@ -115,7 +113,10 @@ _COMPILED: dict[int, _Compiled] = {}  # for all databases of a process, and for 
 
 
 def compile_once(statement: Executable) -> _Compiled:
-    return _COMPILED.setdefault(id(statement), _Compiled(statement))
+    known = _COMPILED.get(id(statement))
+    if known is None:
+        known = _COMPILED.setdefault(id(statement), _Compiled(statement))
+    return known
 
 
 class SqliteSession(Session):
