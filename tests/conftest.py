@@ -26,7 +26,7 @@ from tests import plan
 from tests.browser import chromium
 from tests.harness import OPERATOR_KEY, ROOT, WEBHOOK_KEY, Books, Clock, Fal, Server
 from tests.postgres import Postgres, shared
-from tests.redis_server import RedisServer
+from tests.redis_server import RedisServer, Relay
 from tests.scripted import House, ScriptedFal
 
 METRICS_TOKEN = "of-the-tests"
@@ -122,6 +122,14 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     """One Redis for the whole run; each test takes a database of its own in it."""
     with RedisServer.started(tmp_path_factory.mktemp("redis")) as running:
         yield running
+
+
+@pytest.fixture
+def relay(redis_server: RedisServer) -> Iterator[Relay]:
+    """A wire to the Redis of the run that can be held up."""
+    wire = Relay(redis_server.port)
+    yield wire
+    wire.close()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from pathlib import Path
 from select import select
 from typing import Any, TypeVar
 
+import gevent
 import requests
 
 from abhiapi import accounts, audit, keys, ledger, reports, serving
@@ -55,6 +56,16 @@ def until(condition: Callable[[], T], *, what: str, within_s: float = 20) -> T:
             raise AssertionError(f"not reached within {within_s} s: {what}")
         select([], [], [], 0.01)
     return reached
+
+
+def in_time(condition: Callable[[], bool], *, what: str) -> None:
+    """`until`, with greenlets of this process that must go on meanwhile."""
+
+    def look() -> bool:
+        gevent.sleep(0.01)
+        return condition()
+
+    until(look, what=what)
 
 
 def own(name: str) -> str:

@@ -49,10 +49,13 @@ def server(fal: Fal, tmp_path: Path, database_url: str) -> Iterator[Server]:
         yield running
 
 
+def settings_of(server: Server) -> dict[str, str]:
+    return {name: value for name, value in server.env.items() if name.startswith(("ABHIAPI_", "FAL_"))}
+
+
 def run(server: Server, *arguments: str, **settings: str) -> Done:
     """The command beside the server, with its settings."""
-    env = {name: value for name, value in server.env.items() if name.startswith(("ABHIAPI_", "FAL_"))}
-    return CommandLine(server.folder)("reconcile", *arguments, **env | settings)
+    return CommandLine(server.folder)("reconcile", *arguments, **settings_of(server) | settings)
 
 
 def told(done: Done, *, is_bill_read: bool = True) -> dict[str, Any]:
@@ -99,8 +102,7 @@ def test_several_at_once_beside_the_servers_own_timer_end_each_job_once(
         gate = own("all-reconcilers")
         weather = f"hold_until={gate}"
         ids = [answer.json()["request_id"] for answer in at_once(60, lambda _: customer.submit(weather=weather))]
-        env = {name: value for name, value in server.env.items() if name.startswith(("ABHIAPI_", "FAL_"))}
-        running = [CommandLine(tmp_path).start("reconcile", "--json", **env) for _ in range(3)]
+        running = [CommandLine(tmp_path).start("reconcile", "--json", **settings_of(server)) for _ in range(3)]
         fal.release(gate)
         for process in running:
             told(finish(process))
@@ -215,8 +217,8 @@ def test_jobs_that_could_not_be_looked_at_are_said_and_stay(server: Server, fal:
     if not settings:
         ordered = [{"match": f"queue/status/{each}", "status": 403} for each in ids]
         requests.post(fal.url + "/_sandbox/weather", json=ordered, timeout=10).raise_for_status()
-    env = {name: value for name, value in server.env.items() if name.startswith(("ABHIAPI_", "FAL_"))}
-    done = finish(CommandLine(server.folder).start("reconcile", "--json", **env | settings))  # whose log is on stderr
+    started = CommandLine(server.folder).start("reconcile", "--json", **settings_of(server) | settings)
+    done = finish(started)  # a process of its own, whose log is on stderr
     assert done.exit_code == 1
     assert json.loads(done.stdout)["failed"] == 3
     assert done.stderr.splitlines()[-1].startswith("error: 3 jobs could not be looked at")

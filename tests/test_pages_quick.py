@@ -33,14 +33,9 @@ def customer(fal: Fal, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Per
         yield visiting(server, user)
 
 
-def quickest_s(customer: Person, path: str) -> float:
-    """The first time that is good enough, of many tries: others use this machine too, and none of them helps."""
-    best_s = SERVER_S  # not good enough
-    for _ in range(TRIES):
-        best_s = customer.get(path).elapsed.total_seconds()
-        if best_s < SERVER_S:
-            break
-    return best_s
+def is_quick(customer: Person, path: str) -> bool:
+    """Whether one of many tries is good enough: others use this machine too, and none of them helps."""
+    return any(customer.get(path).elapsed.total_seconds() < SERVER_S for _ in range(TRIES))
 
 
 def test_every_page_is_quick_and_small(customer: Person, tmp_path: Path) -> None:
@@ -52,7 +47,7 @@ def test_every_page_is_quick_and_small(customer: Person, tmp_path: Path) -> None
         answer = customer.get(path)
         if answer.status_code != 404:
             looked_at += 1
-            assert quickest_s(customer, path) < SERVER_S, path
+            assert is_quick(customer, path), path
             assert len(answer.content) < WIRE_BYTES, path
     assert looked_at >= 8
 
@@ -75,5 +70,5 @@ def test_every_cut_of_the_figures_is_quick_and_small(customer: Person) -> None:
     ):  # fmt: skip
         answer = customer.get(f"/dashboard/{path}")
         assert answer.status_code == 200, path
-        assert quickest_s(customer, f"/dashboard/{path}") < SERVER_S, path
+        assert is_quick(customer, f"/dashboard/{path}"), path
         assert len(answer.content) < WIRE_BYTES, path

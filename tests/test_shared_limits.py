@@ -13,7 +13,7 @@ import requests
 from abhiapi.errors import RateLimited, TooManyConcurrent
 from abhiapi.limits import CallLimits
 from abhiapi.settings import Settings
-from tests.harness import Fal, Server, until
+from tests.harness import Fal, Server, in_time, until
 from tests.limits_processes import Child, children
 from tests.redis_server import RedisServer, Relay
 
@@ -112,28 +112,13 @@ def test_redis_frozen_and_killed_under_load_moves_no_money_and_refuses_nobody(
 
 
 @pytest.fixture
-def relay(redis_server: RedisServer) -> Iterator[Relay]:
-    wire = Relay(redis_server.port)
-    yield wire
-    wire.close()
-
-
-@pytest.fixture
 def through(relay: Relay, redis_server: RedisServer) -> Iterator[CallLimits]:
     """Limits of this process whose Redis is at the other end of a wire that can be held up."""
     url = redis_server.url().replace(str(redis_server.port), str(relay.port))
     limits = CallLimits(Settings.from_env({"ABHIAPI_LIMITS_URL": url} | MANY_AT_ONCE))
-    until_shared(limits)
+    in_time(limits.is_shared, what="limits are counted in Redis")
     yield limits
     limits.close()
-
-
-def until_shared(limits: CallLimits) -> None:
-    def look() -> bool:
-        gevent.sleep(0.01)
-        return limits.is_shared()
-
-    until(look, what="limits are counted in Redis")
 
 
 def admitted(limits: CallLimits, key_id: int, calls: int) -> int:
@@ -158,7 +143,7 @@ def test_a_redis_that_never_answers_holds_nobody_up(through: CallLimits, relay: 
     assert through.in_flight() == 0
     assert relay.open_most <= 4  # no pile of connections either: the first, and those of the one that tries again
     relay.release()
-    until_shared(through)
+    in_time(through.is_shared, what="limits are counted in Redis")
     assert admitted(through, 1, 5) == 0
     assert admitted(through, 2, 40) == 30
 
@@ -172,7 +157,7 @@ def test_a_redis_that_takes_no_writes_is_no_redis(own_redis: RedisServer) -> Non
         assert admitted(limits, 1, 40) == 25
         assert not limits.is_shared()
         own_redis.set("min-replicas-to-write", "0")
-        until_shared(limits)
+        in_time(limits.is_shared, what="limits are counted in Redis")
         assert admitted(limits, 1, 5) == 0
     finally:
         limits.close()
@@ -186,7 +171,7 @@ def test_a_redis_that_is_not_there_at_the_start_is_waited_for_without_a_call_ref
         with pytest.raises(TooManyConcurrent):
             limits.enter(1, "free")
         server.start()
-        until_shared(limits)
+        in_time(limits.is_shared, what="limits are counted in Redis")
         with pytest.raises(TooManyConcurrent):
             limits.enter(1, "free")
         held.pop().release()

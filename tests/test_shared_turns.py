@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
-import gevent
 import pytest
 import redis
 
 from abhiapi.fairness import NOBODY
 from abhiapi.shared_counts import SharedCounts, places_of
 from abhiapi.shared_turns import EVERYBODY, WAITING, SharedTurns
-from tests.harness import until
+from tests.harness import in_time, until
 from tests.limits_processes import Child, children
 from tests.redis_server import RedisServer, Relay
 
@@ -56,13 +55,6 @@ def url(redis_server: RedisServer) -> str:
 
 
 @pytest.fixture
-def relay(redis_server: RedisServer) -> Iterator[Relay]:
-    wire = Relay(redis_server.port)
-    yield wire
-    wire.close()
-
-
-@pytest.fixture
 def through(url: str, redis_server: RedisServer, relay: Relay) -> str:
     """The same Redis, at the other end of a wire that can be held up."""
     return url.replace(str(redis_server.port), str(relay.port))
@@ -79,16 +71,6 @@ def start(url: str) -> Iterator[Start]:
             return process
 
         yield started
-
-
-def in_time(condition: Callable[[], bool], *, what: str) -> None:
-    """`until`, with greenlets of this process that must go on meanwhile."""
-
-    def look() -> bool:
-        gevent.sleep(0.01)
-        return condition()
-
-    until(look, what=what)
 
 
 def test_the_account_with_the_fewest_places_is_next_wherever_it_waits(start: Start) -> None:
