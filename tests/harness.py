@@ -104,8 +104,8 @@ class Process:
         return cls(popen, log)
 
     @classmethod
-    def gunicorn(cls, arguments: list[str], log: Path, env: Mapping[str, str], cwd: Path) -> Process:
-        """gunicorn with these arguments, as a fork of a process that has loaded it and the product."""
+    def warm(cls, arguments: list[str], log: Path, env: Mapping[str, str], cwd: Path = ROOT) -> Process:
+        """As `start`, as a fork of a process that has loaded gunicorn and the product."""
         return cls(warm.start(arguments, env=env, cwd=cwd, log=log), log)
 
     def output(self) -> str:
@@ -143,7 +143,7 @@ class Fal:
     @contextmanager
     def started(cls, folder: Path) -> Iterator[Fal]:
         port = free_port()
-        process = Process.start(["cli.py", "sandbox", "--bind", f"127.0.0.1:{port}"], folder / "fal.log", environment())
+        process = Process.warm(["cli.py", "sandbox", "--bind", f"127.0.0.1:{port}"], folder / "fal.log", environment())
         running = cls(process, f"http://127.0.0.1:{port}")
         try:
             until(lambda: _answers(running.url + "/_sandbox/calls?last=0", process), what="the simulator answers")
@@ -277,7 +277,7 @@ class Server:
         database = database_at(url)
         migrate(database)
         arguments = serving.gunicorn_arguments(f"127.0.0.1:{port}", workers)
-        process = Process.gunicorn(arguments, folder / "server.log", env, cwd)
+        process = Process.warm(["-m", "gunicorn", *arguments], folder / "server.log", env, cwd)
         server = cls(process, f"http://127.0.0.1:{port}", Books(database), folder, env)
         try:
             until(lambda: _answers(server.url + "/healthz", process), what="the server answers", within_s=START_S)

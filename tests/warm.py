@@ -1,4 +1,4 @@
-"""Servers that need not load the product anew: a fork each of one process that has loaded it (`warm_child`).
+"""Servers and simulators that need not load the product anew: each a fork of one process that has (`warm_child`).
 
 A start costs a fifth of the usual second of CPU, and a run of all tests makes some hundreds. How a server starts from
 nothing is what tests of `serve` and of deployment look at.
@@ -59,7 +59,7 @@ class Forked:
 
 
 def start(arguments: list[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> Forked:
-    """Start ``python -m gunicorn`` with these arguments; what it says goes to ``log``."""
+    """Start ``python ARGUMENTS``, a module (``-m`` first) or a file; what it says goes to ``log``."""
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(_parent(env["PYTHONPATH"]))
     wanted = {"arguments": arguments, "env": dict(env), "cwd": str(cwd), "log": str(log)}

@@ -1,7 +1,8 @@
 """Starts servers that are loaded already, for tests (`warm`): it loads gunicorn and all of the product, then forks.
 
-Each connection to its socket is one server: it says on a line what is wanted, is told the pid, and at the end the
-status. From its first own line on such a server is what `python -m gunicorn` makes: master, workers, their settings.
+Each connection to its socket is one process: it says on a line what is wanted, is told the pid, and at the end the
+status. From its first own line on a server is what `python -m gunicorn` makes: master, workers, their settings; and a
+simulator what `python cli.py sandbox` makes.
 """
 
 # ruff: noqa: E402
@@ -70,7 +71,7 @@ def load() -> None:
 
 
 def keep(connection: socket.socket) -> None:
-    """Be the parent of one server."""
+    """Be the parent of one process."""
     wanted = json.loads(connection.makefile().readline())
     pid = fork()
     if not pid:
@@ -83,7 +84,7 @@ def keep(connection: socket.socket) -> None:
 
 
 def become(arguments: list[str], env: dict[str, str], cwd: str, log: str) -> None:
-    """Go on as `python -m gunicorn ARGUMENTS` does, in a session of its own."""
+    """Go on as `python ARGUMENTS` does, in a session of its own."""
     os.setsid()
     for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)):
         opened = os.open(path, flags, 0o644)
@@ -95,10 +96,14 @@ def become(arguments: list[str], env: dict[str, str], cwd: str, log: str) -> Non
     os.environ.clear()
     os.environ.update(env)
     sys.path[0] = cwd
-    sys.argv = ["gunicorn", *arguments]
     config.Chdir.default = cwd  # it remembers where it was loaded
     reload(draining)  # which shares a byte with all that is forked from it
-    runpy.run_module("gunicorn", run_name="__main__", alter_sys=True)
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 if __name__ == "__main__":
