@@ -243,8 +243,8 @@ def slow_fal() -> Iterator[tuple[raw_http.Upstream, threading.Event]]:
     def answer(sock: socket.socket, received: Received) -> None:
         if received.line.startswith("POST"):
             body = b'{"status":"IN_QUEUE","request_id":"r-1"}'
-            sock.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body))
-            sock.sendall(body)
+            sock.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n")
+            sock.sendall(b"content-length: %d\r\n\r\n" % len(body) + body)
             return
         if "/status/stream" not in received.line:
             return
