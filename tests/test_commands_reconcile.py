@@ -251,14 +251,12 @@ def test_jobs_are_looked_at_side_by_side_and_waiting_is_told(
     def script(sock: socket.socket, received: Received) -> None:
         if "billing-events" in received.line:
             body = b'{"billing_events":[],"next_cursor":null,"has_more":false}'
-            head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            sock.sendall(head.encode() + body)
-            return
-        together.wait(20)
-        assert was_told.wait(20)
-        body = b'{"status":"IN_PROGRESS"}'
-        head = f"HTTP/1.1 202 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        sock.sendall(head.encode() + body)
+        else:
+            together.wait(20)
+            assert was_told.wait(20)
+            body = b'{"status":"IN_PROGRESS"}'
+        head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
 
     with upstream() as slow:
         slow.script = script
