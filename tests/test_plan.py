@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from tests.harness import ROOT
-from tests.plan import LONG, MEASURED, dealt
+from tests.plan import LONG, MEASURED, PAGES, dealt
 
 
 def test_the_files_it_names_are_there() -> None:
     there = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
-    assert set(LONG) | MEASURED <= there
-    assert len(set(LONG)) == len(LONG)
+    assert set(LONG) | set(PAGES) | MEASURED <= there
+    assert len({*LONG, *PAGES}) == len(LONG) + len(PAGES)
 
 
 @pytest.mark.parametrize("hands", range(1, 7))
@@ -28,3 +28,10 @@ def test_every_test_is_dealt_once_and_every_other_share_begins_with_a_long_file(
             left -= left // hands_left
         assert [order[start][0] for start in starts[::2]] == LONG[:hands:2]
         assert not {order[start][0] for start in starts[1::2]} & set(LONG)
+
+
+def test_the_first_share_begins_with_all_pages() -> None:
+    tests = [(name, number) for name in ("short", *LONG, *PAGES) for number in range(5)]
+    order = dealt(tests, lambda test: test[0], 4)
+    assert order[: 5 * len(PAGES)] == [(name, number) for name in PAGES for number in range(5)]
+    assert sorted(order) == sorted(tests)
