@@ -24,10 +24,11 @@ from abhiapi import runtime
 from abhiapi.db import Database, database_at
 from abhiapi.migrations import migrate
 from abhiapi.settings import Settings
-from tests import plan
+from tests import plan, raw_http
 from tests.browser import chromium
 from tests.harness import OPERATOR_KEY, ROOT, WEBHOOK_KEY, Books, Clock, Fal, Server
 from tests.postgres import Postgres, shared
+from tests.raw_http import Upstream
 from tests.redis_server import RedisServer, Relay
 from tests.scripted import House, ScriptedFal
 
@@ -184,6 +185,19 @@ def own_servers(
             return stack.enter_context(Server.started(tmp_path_factory.mktemp("own"), fal.url, **settings))
 
         yield of
+
+
+@pytest.fixture(scope="module")
+def odd_fal() -> Iterator[Upstream]:
+    """A fal that says whatever a test tells it to."""
+    with raw_http.upstream() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def odd_server(odd_fal: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server.started(tmp_path_factory.mktemp("odd"), odd_fal.url) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -190,12 +190,6 @@ BAD_WEATHER = (
     "", "status=401", "status=403", "status=422", "status=500; body=html", "garbage=1", "units=NaN", "hold_until=never",
     "drop=in_body; size_bytes=300000", "huge_head=1", "status=307", "nonsense",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def odd_fal() -> Iterator[Upstream]:
-    with raw_http.upstream() as running:
-        yield running
 
 
 def test_no_secret_is_found_anywhere(fal: Fal, odd_fal: Upstream, tmp_path: Any) -> None:

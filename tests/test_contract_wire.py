@@ -7,7 +7,6 @@ import hashlib
 import json
 import socket
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from typing import Any
@@ -23,19 +22,6 @@ from tests.raw_http import Received, Upstream, without_billing
 
 FLUX = "/fal-ai/flux/dev"
 RSS_GROWTH_MAX = 60 * 1024 * 1024
-
-
-@pytest.fixture(scope="module")
-def odd_fal() -> Iterator[Upstream]:
-    with raw_http.upstream() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def odd_server(odd_fal: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose fal says whatever a test tells it to."""
-    with Server.started(tmp_path_factory.mktemp("odd"), odd_fal.url) as running:
-        yield running
 
 
 def received_by(fal: Fal, response: requests.Response) -> dict[str, Any]:

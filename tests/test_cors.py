@@ -11,7 +11,6 @@ import pytest
 import requests
 
 from abhiapi.web import cors
-from tests import raw_http
 from tests.harness import ROOT, Books, Fal, Server
 from tests.raw_http import Received, Upstream
 
@@ -27,12 +26,6 @@ STRANGERS = (
 OURS = ("access-control-allow-origin", "access-control-allow-methods", "access-control-allow-headers",
         "access-control-max-age", "access-control-expose-headers", "access-control-allow-credentials")  # fmt: skip
 FALS = "Access-Control-Allow-Origin: *\nAccess-Control-Allow-Credentials: true\naccess-control-expose-headers: x-a"
-
-
-@pytest.fixture(scope="module")
-def odd_fal() -> Iterator[Upstream]:
-    with raw_http.upstream() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from abhiapi import accounts, upload_gateway
 from abhiapi.errors import RateLimited
 from abhiapi.limits import UPLOADS_PER_MINUTE, CallLimits
 from abhiapi.settings import Settings
-from tests import raw_http
 from tests.harness import OPERATOR_KEY, Books, Clock, Fal, Server
 from tests.raw_http import Upstream
 from tests.sandbox_client import Fal as Simulator
@@ -25,18 +24,6 @@ STORAGE = "https://rest.fal.ai/storage/upload"
 CDN = "?storage_type=fal-cdn-v3"
 INITIATE = f"{STORAGE}/initiate{CDN}"
 WANTED = b'{"content_type": "image/png",  "file_name":"cat.png"}'
-
-
-@pytest.fixture(scope="module")
-def odd_fal() -> Iterator[Upstream]:
-    with raw_http.upstream() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def odd_server(odd_fal: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server.started(tmp_path_factory.mktemp("odd"), odd_fal.url) as running:
-        yield running
 
 
 @pytest.fixture
