@@ -85,6 +85,7 @@ def _migrate_file(database: SqliteDatabase, steps: Sequence[Step], schema: str |
     if is_new:
         _make_room(database.path, has_log)
         _make_private(database.path)
+    database.check_ours()
     try:
         connection = database.connect(busy_timeout_s=CLI_PATIENCE_S, create=is_new)
     except DatabaseUnavailable as error:

@@ -41,6 +41,7 @@ def back_up(database: SqliteDatabase, target: Path) -> Finding:
         raise Refused(f"{target} exists already, and a backup never overwrites anything: choose another name")
     if not database.exists():
         raise Refused(f"there is no database {database.path} to back up: check ABHIAPI_DATABASE_URL")
+    database.check_ours()
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     with _file_trouble(f"cannot write {target}"), _removed_at_the_end(partial):
         source = database.connect(busy_timeout_s=CLI_PATIENCE_S)
