@@ -74,7 +74,9 @@ def check_port_free(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise Refused(f"cannot listen on {host}:{port}: {error.strerror}. Choose another with --bind") from error
+            raise Refused(
+                f"cannot listen on {host}:{port}: {error.strerror}. Choose another with --bind (`make run`: PORT=8001)"
+            ) from error
 
 
 def gunicorn_arguments(bind: str, workers: int = 1) -> list[str]:
