@@ -132,6 +132,7 @@ def test_a_place_with_content_is_refused(cli: CommandLine, database_url: str, po
         assert "is not empty" in cli("migrate-to", url).refused()
     assert cli("balance", "ann").exit_code == 0
     assert "is no PostgreSQL" in cli("migrate-to", "sqlite:////tmp/x.db").refused()
+    assert "such as postgresql://" in cli("migrate-to", "mysql://user@host/name").refused()
 
 
 class Broken(Exception):
