@@ -192,7 +192,7 @@ class PostgresDatabase(Database):
                     context=AdapterContext(),
                 )  # fmt: skip
         except psycopg.Error as error:
-            said = f"{self.name}: {' '.join(str(error).split())}" if in_full else "it cannot be reached"
+            said = f"{self.name}: {_told(error)}" if in_full else "it cannot be reached"
             raise DatabaseUnavailable(f"the database cannot be used: {said}", retry_after_s=5) from error
         connection.prepared_max = 1000
         return connection
@@ -422,6 +422,13 @@ def _milliseconds(seconds: float) -> str:
 
 def _at_most(wait_s: float) -> gevent.Timeout:
     return gevent.Timeout(wait_s, DatabaseUnavailable("the database does not answer", retry_after_s=5))
+
+
+def _told(error: psycopg.Error) -> str:
+    """What the server or libpq said, in one line; with what to do where their words tell only those who know."""
+    said = " ".join(str(error).split())
+    takes_none = "session is read-only" in said or "hot standby" in said
+    return f"{said} (it takes no writes: name the primary, not a standby)" if takes_none else said
 
 
 def _parameters(url: URL) -> dict[str, Any]:

@@ -218,7 +218,13 @@ class SqliteDatabase(Database):
         return cls(URL.create("sqlite", database=str(path)))
 
     def exists(self) -> bool:
+        """Raises `SchemaError` where this user may not even look."""
         return _has_content(self.path)
+
+    def check_ours(self) -> None:
+        """Raises `SchemaError` for a file of another user's: SQLite says of it only that it cannot open it."""
+        if not os.access(self.path, os.R_OK, effective_ids=True):
+            raise SchemaError(_not_ours(self.path))
 
     def has_log(self) -> bool:
         """Whether there is a write-ahead log beside the file: committed rows that are not in the file itself yet."""
@@ -322,3 +328,9 @@ def _has_content(path: Path) -> bool:
         return path.stat().st_size > 0
     except FileNotFoundError:
         return False
+    except PermissionError as error:
+        raise SchemaError(_not_ours(path)) from error
+
+
+def _not_ours(path: Path) -> str:
+    return f"this user may not read {path}: run this as the user who serves, or check ABHIAPI_DATABASE_URL"

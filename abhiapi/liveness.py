@@ -38,7 +38,7 @@ class FileLock(ProcessLock):
     def __init__(self, database_path: Path) -> None:
         self._database_path = database_path
         self._path = database_path.with_name(f"{database_path.name}.starting-{os.getpid()}-{secrets.token_hex(4)}")
-        self._file: IO[bytes] = open(self._path, "wb")
+        self._file: IO[bytes] = open(self._path, "wb", opener=_for_its_owner)
         os.set_inheritable(self._file.fileno(), False)
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -61,6 +61,10 @@ class FileLock(ProcessLock):
     def release(self) -> None:
         self._path.unlink(missing_ok=True)
         self._file.close()
+
+
+def _for_its_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def lock_path(database_path: Path, process_id: int) -> Path:

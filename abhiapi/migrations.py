@@ -85,6 +85,7 @@ def _migrate_file(database: SqliteDatabase, steps: Sequence[Step], schema: str |
     if is_new:
         _make_room(database.path, has_log)
         _make_private(database.path)
+    database.check_ours()
     try:
         connection = database.connect(busy_timeout_s=CLI_PATIENCE_S, create=is_new)
     except DatabaseUnavailable as error:
@@ -135,7 +136,7 @@ def moved_to(database: SqliteDatabase) -> tuple[str, str] | None:
     """Where a file's ledger is now, and the move that brought it there; None: it is here."""
     connection = database.connect(busy_timeout_s=CLI_PATIENCE_S)
     try:
-        return _moved_to(connection)
+        return moved_mark(connection)
     finally:
         connection.close()
 
@@ -147,7 +148,8 @@ def mark_moved(connection: sqlite3.Connection, name: str, number: str) -> None:
     connection.execute(f"PRAGMA application_id = {MOVED_ID}")
 
 
-def _moved_to(connection: sqlite3.Connection) -> tuple[str, str] | None:
+def moved_mark(connection: sqlite3.Connection) -> tuple[str, str] | None:
+    """What `mark_moved` left in the file: where its ledger is now, and by which move."""
     if connection.execute("PRAGMA application_id").fetchone()[0] != MOVED_ID:
         return None
     name, number = connection.execute("SELECT to_name, move FROM moved").fetchone()
@@ -177,7 +179,7 @@ def _version(connection: sqlite3.Connection, path: Path) -> int:
         if isinstance(error, sqlite3.OperationalError):
             raise
         raise SchemaError(f"{path} is not a database: {error}") from error
-    moved = _moved_to(connection)
+    moved = moved_mark(connection)
     if moved is not None:
         raise SchemaError(f"the ledger of {path} was moved to {moved[0]}: set ABHIAPI_DATABASE_URL to that")
     if tables and application_id != APPLICATION_ID:

@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from abhiapi import accounts, keys, ledger, users
-from abhiapi.db import Tx
+from abhiapi import accounts, keys, ledger, processes, users
+from abhiapi.db import Database, Tx
 from abhiapi.errors import BadRequest, Refused, SettingsError
 from abhiapi.migrations import open_database
 from abhiapi.money import Micros
@@ -42,6 +42,14 @@ def check_workers(settings: Settings, count: int) -> None:
                 "with SQLite or memory:// serve with one"
             ]
         )
+
+
+def others_counting_apart(database: Database, settings: Settings) -> int:
+    """How many processes serve this ledger already, each counting limits for itself: money is safe, limits are not."""
+    if not settings.limits_url.startswith("memory"):
+        return 0
+    running = database.read(processes.running)
+    return len(database.living({process.process_id: process.pid for process in running}))
 
 
 def raise_file_limit() -> str | None:
@@ -74,7 +82,9 @@ def check_port_free(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise Refused(f"cannot listen on {host}:{port}: {error.strerror}. Choose another with --bind") from error
+            raise Refused(
+                f"cannot listen on {host}:{port}: {error.strerror}. Choose another with --bind (`make run`: PORT=8001)"
+            ) from error
 
 
 def gunicorn_arguments(bind: str, workers: int = 1) -> list[str]:

@@ -238,7 +238,7 @@ class Settings:
     otlp_endpoint: str | None = _setting(
         "ABHIAPI_OTLP_ENDPOINT",
         "",
-        "where traces are sent by OTLP/HTTP, such as `http://127.0.0.1:4318` (needs `abhiapi[otel]`); unset: nowhere",
+        "where traces are sent by OTLP/HTTP, such as `http://127.0.0.1:4318` (needs the extra `otel`); unset: nowhere",
         form.optional_base_url,
     )
 

@@ -44,7 +44,7 @@ class Tracer:
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ImportError as error:
             raise SettingsError(
-                [f"ABHIAPI_OTLP_ENDPOINT needs OpenTelemetry: pip install 'abhiapi[otel]' ({error})"]
+                [f"ABHIAPI_OTLP_ENDPOINT needs OpenTelemetry, `pip install -e '.[otel]'` in the checkout ({error})"]
             ) from error
         self._trace = trace
         self._propagator = TraceContextTextMapPropagator()

@@ -107,7 +107,7 @@ def test_traces_without_their_extra_are_a_failure(cli: CommandLine, monkeypatch:
     endpoint = {"ABHIAPI_OTLP_ENDPOINT": "http://127.0.0.1:4318"}
     assert_told(told(cli, "traces", **endpoint), "ok", "4318")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert_told(told(cli, "traces", **endpoint), "fail", "abhiapi[otel]")
+    assert_told(told(cli, "traces", **endpoint), "fail", "pip install -e '.[otel]'")
 
 
 def test_a_setting_in_a_file_is_no_unknown_variable(cli: CommandLine, tmp_path: Path) -> None:
@@ -176,9 +176,9 @@ def test_the_public_address_must_be_this_service(cli: CommandLine, shared_server
         return told(cli, "public url", "--json", ABHIAPI_PUBLIC_URL=url)
 
     assert_told(found(shared_server.url), "ok", "answers")
-    assert_told(found(NOWHERE), "warn", "does not answer")
+    assert_told(found(NOWHERE), "warn", "does not answer from here as this service does: Connection refused")
     with answering(200, b"<html>welcome</html>") as other:
-        assert_told(found(other.url), "warn")
+        assert_told(found(other.url), "warn", "something else")
     with answering(503, b'{"status": "unavailable"}') as ill:
         assert_told(found(ill.url), "warn", "503")
 
@@ -299,3 +299,34 @@ def test_what_ails_the_settings_is_all_that_is_said(cli: CommandLine) -> None:
     """The other checks stand on them."""
     done: Any = cli("doctor", "--json", ABHIAPI_MARGIN="much")
     assert {check["check"] for check in done.json["checks"]} == {"variables", "settings"}
+
+
+@contextmanager
+def somebody_else() -> Iterator[None]:
+    """A user who may not read what only its owner may."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("closed", ["file", "folder"])
+def test_a_command_of_another_user_is_told_so(cli: CommandLine, tmp_path: Path, closed: str) -> None:
+    """The service's folder and file are its own, and an operator's first command is often run as somebody else."""
+    folder = tmp_path / "service"
+    folder.mkdir()
+    settings = {"ABHIAPI_DATABASE_URL": f"sqlite:///{folder}/abhiapi.db"}
+    commands = [("accounts", "list"), ("doctor", "--offline"), ("backup", str(tmp_path / "copy.db"))]
+    for command in commands:  # loads what each needs
+        cli(*command, **settings)
+    (tmp_path / "copy.db").unlink()
+    folder.chmod(0o700 if closed == "folder" else 0o755)
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(0o755)
+    with somebody_else():
+        for command in commands:
+            done = cli(*command, **settings)
+            assert (done.exit_code, "run this as the user who serves" in done.stdout + done.stderr) == (1, True), done

@@ -97,6 +97,20 @@ def test_a_moved_ledger_is_there_row_by_row_and_its_file_is_one_no_more(cli: Com
     assert cli.json("ledger", "verify")["ok"]
 
 
+def test_a_moved_file_is_neither_backed_up_nor_restored_over(cli: CommandLine, empty: str, tmp_path: Path) -> None:
+    """Else a timer that was not told of the move makes copies that nothing can restore, or there are two ledgers."""
+    before, after = tmp_path / "before.db", tmp_path / "after.db"
+    cli.json("backup", str(before))
+    cli.json("migrate-to", empty)
+    assert "was moved to postgresql://" in cli("backup", str(after)).refused()
+    assert not after.exists()
+    assert "was moved to postgresql://" in cli("restore", str(before)).refused()
+    assert "was moved to postgresql://" in cli("balance", "ann").refused()
+    cli.path.rename(tmp_path / "aside.db")
+    assert cli.json("restore", str(before))["entries"] == 4
+    assert cli("balance", "ann").exit_code == 0
+
+
 def test_a_file_that_was_open_when_its_ledger_was_moved_takes_no_more(cli: CommandLine, empty: str) -> None:
     late = cli.database
     with closing(late.connect()):
@@ -118,6 +132,7 @@ def test_a_place_with_content_is_refused(cli: CommandLine, database_url: str, po
         assert "is not empty" in cli("migrate-to", url).refused()
     assert cli("balance", "ann").exit_code == 0
     assert "is no PostgreSQL" in cli("migrate-to", "sqlite:////tmp/x.db").refused()
+    assert "such as postgresql://" in cli("migrate-to", "mysql://user@host/name").refused()
 
 
 class Broken(Exception):

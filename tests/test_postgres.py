@@ -405,6 +405,8 @@ def test_a_standby_is_refused_and_its_answers_are_no_proof(monkeypatch: pytest.M
             database_at(url + "?target_session_attrs=any").reads().read(accounts.everyone)
         misled = database_at(url)
         assert isinstance(misled, db_postgres.PostgresDatabase)
+        with pytest.raises(DatabaseUnavailable, match="name the primary"):
+            misled.connect(in_full=True)
         monkeypatch.setitem(misled._parameters, "target_session_attrs", "any")  # as behind some proxies
         assert misled.read(accounts.everyone) == []
         with pytest.raises(DatabaseUnavailable, match="standby"):

@@ -16,9 +16,10 @@ import psutil
 import pytest
 import requests
 
-from abhiapi.serving import parse_bind
+from abhiapi.serving import others_counting_apart, parse_bind
+from abhiapi.settings import Settings
 from abhiapi.web.pages import texts
-from tests.harness import OPERATOR_KEY, ROOT, Process, environment, free_port, until
+from tests.harness import OPERATOR_KEY, ROOT, Process, Server, environment, free_port, until
 from tests.receiver import Receiver
 
 
@@ -146,6 +147,15 @@ def test_serving_without_a_credential_is_refused(tmp_path: Path) -> None:
     assert ended.returncode == 2
     assert "FAL_KEY" in ended.stderr
     assert "--sandbox" in ended.stderr
+
+
+def test_a_second_server_of_one_ledger_is_warned_of(shared_server: Server) -> None:
+    """Each counts limits for itself, unless they share a Redis."""
+    settings = Settings.from_env({"ABHIAPI_LIMITS_URL": "memory://"})
+    database = shared_server.books.database
+    until(lambda: others_counting_apart(database, settings) >= 1, what="it has taken its place")
+    shared = Settings.from_env({"ABHIAPI_LIMITS_URL": "redis://127.0.0.1:9/0"})
+    assert others_counting_apart(database, shared) == 0
 
 
 def test_a_taken_port_is_said_in_one_line(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from abhiapi import jsonbytes, metering
 from abhiapi.commands import session
 from abhiapi.commands.checks import Check
 from abhiapi.commands.checks_place import LOOPBACK
-from abhiapi.errors import UpstreamError
+from abhiapi.errors import UpstreamError, UpstreamTimeout, UpstreamUnreachable
 from abhiapi.fal import Fal
 from abhiapi.settings import Settings
 
@@ -71,6 +71,16 @@ def _clock(date: str, now_ms: int) -> Check:
     return Check("clock", "ok", message)
 
 
+def _reason(error: UpstreamError | ValueError) -> str:
+    """Why our own address does not answer. What `Fal` says of a failure is for callers, and speaks of fal."""
+    if isinstance(error, UpstreamTimeout):
+        return f"no answer within {TIMEOUT_S} s"
+    if not isinstance(error, UpstreamUnreachable):
+        return "what answers there is something else"
+    cause: BaseException = error.__cause__ or error
+    return (getattr(cause, "strerror", None) or str(cause)).strip().rstrip(".") or "it cannot be reached"
+
+
 def _public_url(url: str | None) -> Check:
     if url is None:
         return Check("public url", "ok", "taken from each request; fal's webhooks are not used")
@@ -81,11 +91,16 @@ def _public_url(url: str | None) -> Check:
         reply = service.send("GET", "/healthz", [("accept", "application/json")], None)
         told = jsonbytes.parse_object(reply.read_whole(ANSWER_BYTES_MAX)) or {}
     except (UpstreamError, ValueError) as error:
-        why = getattr(error, "message", "it is no JSON")
-        return Check("public url", "warn", f"{url}/healthz does not answer from here as this service does: {why}")
+        return Check(
+            "public url", "warn", f"{url}/healthz does not answer from here as this service does: {_reason(error)}"
+        )
     finally:
         service.close()
-    if reply.status != 200 or told.get("status") != "ok":
+    if reply.status == 200 and told.get("status") != "ok":
+        return Check(
+            "public url", "warn", f"what answers at {url}/healthz is something else: it must lead to this service"
+        )
+    if reply.status != 200:
         return Check("public url", "warn", f"{url}/healthz answers with status {reply.status}: see the server's log")
     if parts.scheme == "http" and not is_near:
         return Check("public url", "warn", f"{url} is not encrypted: customers' keys can be read on the way; use https")

@@ -5,6 +5,7 @@ Looks only. Each check answers how things are and, where they are not well, what
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import stat
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 from abhiapi.commands.checks import Check
 from abhiapi.db import database_at
 from abhiapi.db_sqlite import SqliteDatabase
+from abhiapi.errors import SchemaError
 from abhiapi.settings import Settings, environment, variables
 
 WAL_LARGE_BYTES = 256 * 1024**2  # SQLite folds it in at 32 MB, and a reader that stays open keeps it from doing so
@@ -27,9 +29,10 @@ def examine(settings: Settings) -> Iterator[Check]:
     yield _session_secret(settings)
     yield _traces(settings)
     database = database_at(settings.database_url)
-    if isinstance(database, SqliteDatabase) and database.exists():
-        yield _database_files(database.path, settings.kept_beside("webhook-key"))
-        yield _log_size(database.path)
+    with contextlib.suppress(SchemaError):  # files of another user's, of which `database` has told
+        if isinstance(database, SqliteDatabase) and database.exists():
+            yield _database_files(database.path, settings.kept_beside("webhook-key"))
+            yield _log_size(database.path)
 
 
 def is_real(settings: Settings) -> bool:
@@ -112,5 +115,9 @@ def _traces(settings: Settings) -> Check:
     if settings.otlp_endpoint is None:
         return Check("traces", "ok", "none are sent")
     if importlib.util.find_spec("opentelemetry") is None or importlib.util.find_spec("opentelemetry.sdk") is None:
-        return Check("traces", "fail", "ABHIAPI_OTLP_ENDPOINT is set: pip install 'abhiapi[otel]', or no server starts")
+        return Check(
+            "traces",
+            "fail",
+            "ABHIAPI_OTLP_ENDPOINT is set: `pip install -e '.[otel]'` in the checkout, or no server starts",
+        )
     return Check("traces", "ok", f"sent to {settings.otlp_endpoint}")

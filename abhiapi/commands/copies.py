@@ -22,7 +22,7 @@ from abhiapi.db import CLI_PATIENCE_S
 from abhiapi.db_sqlite import APPLICATION_ID, SqliteDatabase, translated
 from abhiapi.errors import Refused, SchemaError
 from abhiapi.liveness import is_locked, reap
-from abhiapi.migrations import migrate
+from abhiapi.migrations import migrate, moved_mark
 
 _BESIDE = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a database
 
@@ -41,10 +41,12 @@ def back_up(database: SqliteDatabase, target: Path) -> Finding:
         raise Refused(f"{target} exists already, and a backup never overwrites anything: choose another name")
     if not database.exists():
         raise Refused(f"there is no database {database.path} to back up: check ABHIAPI_DATABASE_URL")
+    database.check_ours()
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     with _file_trouble(f"cannot write {target}"), _removed_at_the_end(partial):
         source = database.connect(busy_timeout_s=CLI_PATIENCE_S)
         try:
+            _check_not_moved(source, database.path, "a copy of it would be no backup")
             _copy(source, partial)
         finally:
             source.close()
@@ -87,6 +89,12 @@ def restore(database: SqliteDatabase, backup: Path) -> Restored:
     if database.path.exists() and backup.samefile(database.path):
         raise Refused(f"{backup} is the database itself")
     check_nobody_serves(database.path, "restore")
+    if database.path.exists():
+        with (
+            contextlib.suppress(sqlite3.DatabaseError),  # a damaged one is what a backup is for
+            contextlib.closing(_open_to_look(database.path)) as there,
+        ):
+            _check_not_moved(there, database.path, "or put this file elsewhere, if the ledger there is given up")
     arriving = database.path.with_name(f"{database.path.name}.restoring-{os.getpid()}")
     with _file_trouble(f"cannot put {backup} in the place of {database.path}"), _removed_at_the_end(arriving):
         database.path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,6 +151,19 @@ def _verified(database: SqliteDatabase, path: Path, name: str) -> Finding:
         more = f" and {len(finding.problems) - 1} more problems" if len(finding.problems) > 1 else ""
         raise Refused(f"the ledger of {name} does not add up ({finding.problems[0]}{more}): nothing was changed")
     return finding
+
+
+def _check_not_moved(opened: sqlite3.Connection, path: Path, more: str) -> None:
+    """Refuse what would make a second ledger of a file whose own one lives on elsewhere."""
+    moved = moved_mark(opened)
+    if moved is not None:
+        raise Refused(f"the ledger of {path} was moved to {moved[0]}: set ABHIAPI_DATABASE_URL to that ({more})")
+
+
+def _open_to_look(path: Path) -> sqlite3.Connection:
+    """A connection that neither makes nor removes a file beside ``path``, which nobody may be writing to."""
+    is_alone = not any(_beside(path, ending).exists() for ending in _BESIDE)
+    return sqlite3.connect(f"{path.as_uri()}?{'immutable=1' if is_alone else 'mode=ro'}", uri=True)
 
 
 def check_nobody_serves(path: Path, why: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from abhiapi.db import CLI_PATIENCE_S, Database
 from abhiapi.db_sqlite import APPLICATION_ID, MOVED_ID, SqliteDatabase
-from abhiapi.errors import AbhiError, DatabaseUnavailable
+from abhiapi.errors import AbhiError, DatabaseUnavailable, SchemaError
 from abhiapi.migrations import VERSION
 
 if TYPE_CHECKING:
@@ -41,8 +41,11 @@ def tried(name: str, check: Callable[[], Check]) -> Check:
 
 def absent(database: Database) -> Check | None:
     """What is to be said of a database that is not there yet; None where it is."""
-    if not isinstance(database, SqliteDatabase) or database.exists():
-        return None
+    try:
+        if not isinstance(database, SqliteDatabase) or database.exists():
+            return None
+    except SchemaError as error:
+        return Check("database", "fail", error.message)
     path = database.path
     folder = next(parent for parent in path.parents if parent.exists())
     if os.access(folder, os.W_OK):
@@ -85,6 +88,7 @@ def _disk(path: Path) -> Check:
 
 
 def _file(database: SqliteDatabase) -> Check:
+    database.check_ours()
     try:
         connection = database.connect(busy_timeout_s=CLI_PATIENCE_S)
         try:

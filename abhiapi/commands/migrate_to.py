@@ -33,7 +33,7 @@ def migrate_to(url: str, as_json: bool) -> None:
     try:
         there = library.db.database_at(database_url(url))
     except ValueError as error:
-        raise BadRequest(f"POSTGRES_URL {error}") from error
+        raise BadRequest("POSTGRES_URL must be a URL such as postgresql://user:password@host/name") from error
     here = library.db.database_at(session.settings().database_url)
     if not isinstance(there, PostgresDatabase):
         raise Refused(f"{there.name} is no PostgreSQL database: use postgresql://user:password@host/name")

@@ -48,7 +48,13 @@ def serve(with_sandbox: bool, demo: bool, bind: str, workers: int) -> None:
         os.environ.update(serving.start_simulator())
     settings = serving.checked_settings()
     serving.check_workers(settings, workers)
-    open_database(settings)
+    others = serving.others_counting_apart(open_database(settings), settings)
+    if others:
+        click.echo(
+            f"warning: {settings.shown_database_url} is served already (by {others}), each counting limits for itself: "
+            "stop the others, or set ABHIAPI_LIMITS_URL to one Redis for all of them",
+            err=True,
+        )
     if demo:
         base_url = settings.public_url or f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         key, link = serving.demo_key(settings), serving.demo_link(settings)

@@ -48,6 +48,7 @@ def move(source: SqliteDatabase, target: PostgresDatabase, progress: Progress = 
     """Move a ledger that nobody serves to a database without content. Raises `Refused`, `SchemaError`."""
     if not source.exists():
         raise Refused(f"there is no database {source.path} to move")
+    source.check_ours()
     under_way = migrations.moved_to(source)
     if under_way is not None and migrations_postgres.finish_arrival(target, under_way[1]):
         return target.read(audit.verify)
