@@ -48,14 +48,14 @@ def _sweep_overdue(runtime: Runtime) -> int:
     def release(tx: Tx) -> int:
         now = runtime.now_ms()
         found = calls.overdue(tx, now_ms=now - GRACE_MS, most=BATCH)
-        return _release(tx, [call for call in found if call.call_id not in runtime.working_on], "overdue", now)
+        return _release(tx, [call for call in found if call.call_id not in runtime.working_on], calls.OVERDUE, now)
 
     return _until_none_left(runtime, release)
 
 
 def _sweep_process(runtime: Runtime, process_id: int) -> int:
     def release(tx: Tx) -> int:
-        return _release(tx, calls.of_process(tx, process_id, most=BATCH), "process_died", runtime.now_ms())
+        return _release(tx, calls.of_process(tx, process_id, most=BATCH), calls.PROCESS_DIED, runtime.now_ms())
 
     count = _until_none_left(runtime, release)
     runtime.write(lambda tx: processes.end(tx, process_id, now_ms=runtime.now_ms()), patience_s=30)

@@ -172,7 +172,7 @@ def test_what_does_not_exist_is_not_found(customer: Customer) -> None:
 def test_who_comes_too_late_is_told_how_the_call_ended(customer: Customer) -> None:
     call = customer.settle(20_000)
     customer.topup(1)
-    assert customer.write(lambda tx: calls.ended_as(tx, call.call_id)) == (20_000, 981_000)
+    assert customer.write(lambda tx: calls.ended_as(tx, call.call_id)) == (20_000, 981_000, None)
 
 
 def test_usage_counts_every_ended_call_on_the_day_of_its_end(customer: Customer, clock: Clock) -> None:
