@@ -112,7 +112,7 @@ _CHARGED = (
 _OVERDUE = (
     select(_c.call_id, _c.account_id, _c.key_id, _p.model, _c.held_micros)
     .join_from(tables.calls, tables.price_versions, _c.price_id == _p.price_id)
-    .where(_in(*OPEN), _c.state == "held", _c.deadline_at < bindparam("now"))
+    .where(_in(*OPEN), _c.state == "held", _c.deadline_at < bindparam("now"), _c.process_id == bindparam("process"))
     .limit(bindparam("most"))
 )
 _OF_PROCESS = (
@@ -265,9 +265,9 @@ def open_call(tx: Tx, call_id: int) -> OpenCall:
     return OpenCall(*row[:5])
 
 
-def overdue(tx: Tx, *, now_ms: int, most: int) -> list[OpenCall]:
-    """Held calls past their deadline: no answer can come any more."""
-    return _open_calls(tx.all(_OVERDUE, now=now_ms, most=most))
+def overdue(tx: Tx, process_id: int, *, now_ms: int, most: int) -> list[OpenCall]:
+    """Held calls of a process past their deadline, by its own clock: no answer can come any more."""
+    return _open_calls(tx.all(_OVERDUE, process=process_id, now=now_ms, most=most))
 
 
 def of_process(tx: Tx, process_id: int, *, most: int) -> list[OpenCall]:

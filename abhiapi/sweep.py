@@ -1,7 +1,8 @@
-"""Holds that no living process will end: those of dead processes, and those past their deadline; and idempotency keys.
+"""Holds that nobody will end: those of dead processes, and its own past their deadline; and idempotency keys.
 
 A held call's answer was not seen by anybody and never will be, so its hold is released (contract 3.5, last row). A
 submit is another matter: fal may have accepted the job, which then runs and costs, so its hold stands for the operator.
+What a living process is at is left to it, whatever the clock here says: it knows which charges wait for the database.
 Run when a process starts and on a timer; safe to run in several at once, since ending a hold is conditional.
 """
 
@@ -47,7 +48,7 @@ def forget_old_keys(runtime: Runtime) -> None:
 def _sweep_overdue(runtime: Runtime) -> int:
     def release(tx: Tx) -> int:
         now = runtime.now_ms()
-        found = calls.overdue(tx, now_ms=now - GRACE_MS, most=BATCH)
+        found = calls.overdue(tx, runtime.process_id, now_ms=now - GRACE_MS, most=BATCH)
         return _release(tx, [call for call in found if call.call_id not in runtime.working_on], calls.OVERDUE, now)
 
     return _until_none_left(runtime, release)
