@@ -9,13 +9,25 @@ from __future__ import annotations
 import hashlib
 
 _NOW = "local t = redis.call('TIME') local now = t[1] * 1000000 + t[2] "
-_STANDING = """
+# What a clock that was ahead has left would count for as long as it was: no score is later than it can be now.
+_AT_MOST = """
+local function at_most(key, latest)
+  for _, member in ipairs(redis.call('ZRANGEBYSCORE', key, string.format('(%.0f', latest), '+inf')) do
+    redis.call('ZADD', key, latest, member)
+  end
+end
+"""
+_STANDING = (
+    _AT_MOST
+    + """
 local function standing(key, window)
   redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
+  at_most(key, now)
   local oldest = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
   return redis.call('ZCARD', key), oldest[2] and (oldest[2] + window - now) or window
 end
 """
+)
 _PLACE = """
 local function place(key, member, lease)
   redis.call('ZADD', key, now + lease, member)
@@ -26,6 +38,7 @@ end
 ENTER = _NOW + _STANDING + _PLACE + """
 local lease, window = tonumber(ARGV[4]), tonumber(ARGV[5])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+at_most(KEYS[1], now + lease)
 local used, resets = standing(KEYS[2], window)
 if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2]) then return {1, used, resets} end
 if used >= tonumber(ARGV[3]) then return {2, used, resets} end
@@ -66,9 +79,11 @@ end
 # What waits where is a hash: of each process when it was told, how many at once there, and those accounts. A process's
 # list replaces the one before, and is nothing after so much patience. Two waiters of one account in the same second
 # are equally old, and the process that asks goes first: a place moves to another process only for a reason.
-NEXT = _NOW + _PLACE + """
+NEXT = _NOW + _AT_MOST + _PLACE + """
 local asking, at_once, patience = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[5])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+at_most(KEYS[1], now + ARGV[4])
+at_most(KEYS[3], now)
 redis.call('HSET', KEYS[2], asking, string.format('%.0f %s %s', now, ARGV[3], ARGV[8]))
 redis.call('PEXPIRE', KEYS[2], math.ceil(patience / 1000))
 local running = redis.call('ZCARD', KEYS[1])
