@@ -89,13 +89,14 @@ redis.call('PEXPIRE', KEYS[2], math.ceil(patience / 1000))
 local running = redis.call('ZCARD', KEYS[1])
 if running >= at_once then return {0, running} end
 
-local waits, number = {}, 0
+local waits, number, lowest = {}, 0, at_once
 local told = redis.call('HGETALL', KEYS[2])
 for i = 1, #told, 2 do
   local at, most, accounts = string.match(told[i + 1], '^(%d+) (%d+) (.*)$')
   if math.abs(now - at) >= patience then
     redis.call('HDEL', KEYS[2], told[i])
-  elseif running < tonumber(most) then
+  else
+    lowest = math.min(lowest, tonumber(most))
     for account, ms in string.gmatch(accounts, '(%d+):(%d+)') do
       local since, wait = at - ms * 1000, waits[account]
       local second = math.floor(since / 1000000)
@@ -110,6 +111,7 @@ for i = 1, #told, 2 do
     end
   end
 end
+if running >= lowest then return {0, running} end
 
 local places = {}
 if number > 1 then

@@ -127,12 +127,16 @@ def test_places_of_an_older_version_count_and_are_no_accounts(start: Start, url:
         assert process.next({BURSTING: 1, OTHER: 0}, most=2) == OTHER
 
 
-def test_a_process_that_may_send_no_more_by_its_own_limit_holds_nobody_up(start: Start) -> None:
-    """fal has refused a call of it, and has not yet refused the other's."""
+def test_what_fal_has_taught_one_process_counts_for_all_while_calls_wait_at_it(start: Start) -> None:
+    """Else those who wait there would be passed over for as long as the others, not taught yet, keep more at work."""
     lowered, other = start(), start()
-    assert [other.next({OTHER: 1}, most=4) for _ in range(2)] == [OTHER, OTHER]
-    assert lowered.next({BURSTING: 9}, most=2) == NOBODY
-    assert other.next({OTHER: 1}, most=4) == OTHER
+    assert [other.next({OTHER: 1}, most=4) for _ in range(4)] == [OTHER] * 4
+    for _ in range(3):
+        assert lowered.next({BURSTING: 9}, most=2) == NOBODY
+        other.end()
+        assert other.next({OTHER: 1}, most=4) == NOBODY
+    assert lowered.next({BURSTING: 9}, most=2, calls=1) == BURSTING
+    assert [other.next({OTHER: 1}, most=4) for _ in range(3)] == [OTHER, OTHER, NOBODY]
 
 
 def test_a_turn_before_the_clock_of_redis_was_set_right_keeps_no_account_waiting(start: Start, url: str) -> None:
