@@ -34,8 +34,10 @@ local function place(key, member, lease)
   redis.call('PEXPIRE', key, math.ceil(lease / 1000))
 end
 """
-# KEYS: places, minute. ARGV: member, at once, per minute, lease, window. The place first: its refusal counts nothing.
+# KEYS: places, minute, what is there while Redis has forgotten nothing that the process has told it.
+# ARGV: member, at once, per minute, lease, window. The place first: its refusal counts nothing.
 ENTER = _NOW + _STANDING + _PLACE + """
+if redis.call('EXISTS', KEYS[3]) == 0 then return {3, 0, 0} end
 local lease, window = tonumber(ARGV[4]), tonumber(ARGV[5])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
 at_most(KEYS[1], now + lease)

@@ -114,6 +114,22 @@ def test_redis_frozen_and_killed_under_load_moves_no_money_and_refuses_nobody(
         assert 1 <= server.process.output().count("Redis is away") < 6  # one line for a crossing, not one for each call
 
 
+def test_a_redis_that_was_emptied_is_told_again_by_each_process_at_its_next_call(own_redis: RedisServer) -> None:
+    """Its connections stay (FLUSHALL by somebody else who uses it), so that nobody notices by those."""
+    url = own_redis.url()
+    with children(url, 2, LIMITS, lease_s="30") as two:
+        assert total(two, "enter 1 20", "admitted") == 5
+        assert total(two, "make 2 20", "admitted") == 30
+        with redis.Redis.from_url(url) as client:
+            client.flushall()
+        assert total(two, "make 3 4", "admitted") == 8
+        assert total(two, "enter 1 20", "admitted") == 0
+        assert total(two, "make 2 20", "admitted") == 0
+        assert total(two, "leave 1 5", "ended") == 5
+        assert total(two, "make 1 20", "admitted") == 25
+        assert [child.ask("state")["alone"] for child in two] == [0] * 2
+
+
 def test_a_redis_whose_clock_was_ahead_refuses_nobody_for_longer_than_a_minute(redis_server: RedisServer) -> None:
     """What it has counted lies in the future then: it is taken for just now, not for what it will be in an hour."""
     hour = 3_600_000_000
