@@ -6,6 +6,7 @@ conditional UPDATE whose row count is looked at, so of two that race one wins an
     held ----> settled | released | unknown        (sync and stream)
     held ----> sent ----> settled | released | unknown      (queue)
     unknown -> settled | released                  (the operator, or fal's billing events)
+    unknown -> sent                                (a submit whose process lives after all, and has fal's id)
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ State = Literal["held", "sent", "unknown", "settled", "released"]
 MOVES: Mapping[State, frozenset[State]] = {
     "held": frozenset(("sent", "unknown", "settled", "released")),
     "sent": frozenset(("unknown", "settled", "released")),
-    "unknown": frozenset(("settled", "released")),
+    "unknown": frozenset(("sent", "settled", "released")),
     "settled": frozenset(),
     "released": frozenset(),
 }
