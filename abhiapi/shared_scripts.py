@@ -43,7 +43,10 @@ redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
 at_most(KEYS[1], now + lease)
 local used, resets = standing(KEYS[2], window)
 if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2]) then return {1, used, resets} end
-if used >= tonumber(ARGV[3]) then return {2, used, resets} end
+if used >= tonumber(ARGV[3]) then  -- until as many have left the minute as are too many
+  local beyond = used - tonumber(ARGV[3])
+  return {2, used, redis.call('ZRANGE', KEYS[2], beyond, beyond, 'WITHSCORES')[2] + window - now}
+end
 place(KEYS[1], ARGV[1], lease)
 redis.call('ZADD', KEYS[2], now, ARGV[1])
 redis.call('PEXPIRE', KEYS[2], math.ceil(window / 1000))

@@ -153,6 +153,22 @@ def test_a_redis_whose_clock_was_ahead_refuses_nobody_for_longer_than_a_minute(r
             assert max(ends) <= (client.time()[0] + 1 + LEASE_S) * 1_000_000
 
 
+def test_who_is_far_beyond_a_limit_is_told_when_a_call_is_free_again(redis_server: RedisServer) -> None:
+    """As after a time without Redis, or on a smaller plan: it is not when the oldest call leaves the minute."""
+    url = redis_server.url()
+    with closing(CallLimits(Settings.from_env({"ABHIAPI_LIMITS_URL": url} | LIMITS), timeout_s=5)) as limits:
+        for _ in range(40):
+            limits.enter(1, "pro").release()
+        minute = "abhiapi:{1}:minute"
+        with redis.Redis.from_url(url) as client:
+            for member, score in client.zrange(minute, 0, 9, withscores=True):
+                client.zadd(minute, {member: score - 50_000_000})
+        with pytest.raises(RateLimited) as refused:
+            limits.enter(1, "free")
+        assert refused.value.retry_after_s is not None
+        assert 30 < refused.value.retry_after_s <= 61
+
+
 @pytest.fixture
 def through(relay: Relay, redis_server: RedisServer) -> Iterator[CallLimits]:
     """Limits of this process whose Redis is at the other end of a wire that can be held up."""
