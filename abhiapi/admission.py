@@ -251,7 +251,10 @@ def settle(
     http_status: int | None = None,
     fal_request_id: str | None = None,
 ) -> Outcome:
-    """End the hold, durably, and tell what it cost. Raises `ChargeNotRecorded` when the database takes no write."""
+    """End the hold, durably, and tell what it cost.
+
+    Raises `ChargeNotRecorded` when the database takes no write, or where the sweep has given the hold back.
+    """
     now = rt.now_ms()
     call.is_ending = True
     call.times.answered = monotonic()
@@ -273,9 +276,16 @@ def settle(
 
     try:
         outcome, verdict = end(SETTLE_PATIENCE_S)
-    except calls.CallEnded:
-        outcome = Outcome(*rt.reader.read(lambda tx: calls.ended_as(tx, call.open.call_id)))
+    except calls.CallEnded as error:
+        charged, balance, why = rt.reader.read(lambda tx: calls.ended_as(tx, call.open.call_id))
+        outcome = Outcome(charged, balance)
         log.error("%s was ended by somebody else before its answer was settled", call_text(call.open.call_id))
+        if why in calls.SWEPT and verdict.end != "released":  # an answer that left now would be free
+            rt.working_on.discard(call.open.call_id)
+            raise ChargeNotRecorded(
+                "fal answered, and this process had been cut off from the books for so long that it was taken for "
+                "dead and the call's credit given back: nothing was charged, so the answer is withheld"
+            ) from error
     except DatabaseUnavailable as error:
         rt.metrics.parked.inc()
         rt.settle_later(end, call.open.call_id)

@@ -6,6 +6,7 @@ conditional UPDATE whose row count is looked at, so of two that race one wins an
     held ----> settled | released | unknown        (sync and stream)
     held ----> sent ----> settled | released | unknown      (queue)
     unknown -> settled | released                  (the operator, or fal's billing events)
+    unknown -> sent                                (a submit whose process lives after all, and has fal's id)
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ State = Literal["held", "sent", "unknown", "settled", "released"]
 MOVES: Mapping[State, frozenset[State]] = {
     "held": frozenset(("sent", "unknown", "settled", "released")),
     "sent": frozenset(("unknown", "settled", "released")),
-    "unknown": frozenset(("settled", "released")),
+    "unknown": frozenset(("sent", "settled", "released")),
     "settled": frozenset(),
     "released": frozenset(),
 }
 OPEN: tuple[State, ...] = ("held", "sent", "unknown")
 BatchOp = Callable[[Tx], int]
+OVERDUE, PROCESS_DIED = "overdue", "process_died"
+SWEPT = frozenset((OVERDUE, PROCESS_DIED))  # why the sweep gives a hold back
 
 _c = tables.calls.c
 _p = tables.price_versions.c
@@ -102,7 +105,7 @@ _REFUND = (
 _CHARGED = (
     select(
         _c.account_id, _c.key_id, _p.model, _c.charged_micros, _c.refunded_micros, _c.finished_at, _c.created_at,
-        _c.adjusted_micros, spending.LIMIT_OF_CALL,
+        _c.adjusted_micros, spending.LIMIT_OF_CALL, _c.reason,
     )
     .join_from(tables.calls, tables.price_versions, _c.price_id == _p.price_id)
     .where(_c.call_id == bindparam("call"))
@@ -110,7 +113,7 @@ _CHARGED = (
 _OVERDUE = (
     select(_c.call_id, _c.account_id, _c.key_id, _p.model, _c.held_micros)
     .join_from(tables.calls, tables.price_versions, _c.price_id == _p.price_id)
-    .where(_in(*OPEN), _c.state == "held", _c.deadline_at < bindparam("now"))
+    .where(_in(*OPEN), _c.state == "held", _c.deadline_at < bindparam("now"), _c.process_id == bindparam("process"))
     .limit(bindparam("most"))
 )
 _OF_PROCESS = (
@@ -230,7 +233,7 @@ def refund(tx: Tx, call_id: int, amount_micros: Micros | None, *, now_ms: int) -
     row = tx.one(_CHARGED, call=call_id)
     if row is None:
         raise NotFound(f"no call has the id {call_text(call_id)}")
-    account_id, key_id, model, charged, refunded, finished_at, admitted_at, adjusted, limit_id = row
+    account_id, key_id, model, charged, refunded, finished_at, admitted_at, adjusted, limit_id, _reason = row
     refundable = min(charged, charged + adjusted)  # what a correction added is given back by `adjust`
     amount = Micros(refundable - refunded) if amount_micros is None else amount_micros
     if amount <= 0 or tx.run(_REFUND, call=call_id, amount=amount) != 1:
@@ -245,12 +248,12 @@ def refund(tx: Tx, call_id: int, amount_micros: Micros | None, *, now_ms: int) -
     return ledger.append(tx, account_id, "refund", amount, now_ms=now_ms, call_id=call_id)
 
 
-def ended_as(tx: Tx, call_id: int) -> tuple[Micros, Micros]:
-    """What an ended call was charged, and its account's balance now."""
+def ended_as(tx: Tx, call_id: int) -> tuple[Micros, Micros, str | None]:
+    """What an ended call was charged, its account's balance now, and why it ended so."""
     row = tx.one(_CHARGED, call=call_id)
     if row is None:
         raise NotFound(f"no call has the id {call_text(call_id)}")
-    return Micros(row[3]), ledger.balance_micros(tx, row[0])
+    return Micros(row[3]), ledger.balance_micros(tx, row[0]), row[-1]
 
 
 def open_call(tx: Tx, call_id: int) -> OpenCall:
@@ -263,9 +266,9 @@ def open_call(tx: Tx, call_id: int) -> OpenCall:
     return OpenCall(*row[:5])
 
 
-def overdue(tx: Tx, *, now_ms: int, most: int) -> list[OpenCall]:
-    """Held calls past their deadline: no answer can come any more."""
-    return _open_calls(tx.all(_OVERDUE, now=now_ms, most=most))
+def overdue(tx: Tx, process_id: int, *, now_ms: int, most: int) -> list[OpenCall]:
+    """Held calls of a process past their deadline, by its own clock: no answer can come any more."""
+    return _open_calls(tx.all(_OVERDUE, process=process_id, now=now_ms, most=most))
 
 
 def of_process(tx: Tx, process_id: int, *, most: int) -> list[OpenCall]:

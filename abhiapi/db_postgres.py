@@ -180,6 +180,7 @@ class PostgresDatabase(Database):
         self._snapshot_turns = gevent.lock.BoundedSemaphore(SNAPSHOTS_MAX)
         self._writers: list[PostgresSession] = []
         self._free_since: dict[int, float] = {}
+        self._looked_at = monotonic()
 
     def connect(self, *, in_full: bool = False, **options: str) -> Connection:
         """A configured connection of its own, in autocommit. Raises `DatabaseUnavailable`; ``in_full``: with what the
@@ -324,10 +325,20 @@ class PostgresDatabase(Database):
         return ServerLock(self)
 
     def dead(self, pids: Mapping[int, int]) -> set[int]:
-        """Those whose lock was found free at every look of some time."""
+        """Those whose lock was found free at every look of some time.
+
+        Not while nobody could look: the server may have been away, and they had no chance to take their locks again.
+        """
         if not pids:
             return set()
-        living, now = self.pooled(lambda _, connection: _living(connection)), monotonic()
+        try:
+            living, now = self.pooled(lambda _, connection: _living(connection)), monotonic()
+        except DatabaseUnavailable:
+            self._free_since = {}
+            raise
+        if now - self._looked_at > FREE_FOR_S:
+            self._free_since = {}
+        self._looked_at = now
         self._free_since = {
             process_id: self._free_since.get(process_id, now) for process_id in pids if process_id not in living
         }

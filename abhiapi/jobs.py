@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from decimal import Decimal
 
-from sqlalchemy import bindparam, insert, literal_column, select, update
+from sqlalchemy import and_, bindparam, insert, literal_column, null, or_, select, update
 
-from abhiapi import calls, ledger, tables
+from abhiapi import calls, ledger, metering, tables
 from abhiapi.db import Tx
 from abhiapi.errors import Refused
 from abhiapi.ids import call_text
@@ -28,10 +28,19 @@ _IS_QUEUED = _c.mode == literal_column("'queue'")
 _IS_OPEN = _c.state.in_([literal_column(f"'{state}'") for state in calls.OPEN])
 _IS_SENT = _c.state == literal_column("'sent'")
 
+# Whoever took the submitting process for dead has left the hold to the operator: it knows better.
+_IS_SUBMITTED = or_(
+    _c.state == literal_column("'held'"),
+    and_(
+        _c.state == literal_column("'unknown'"),
+        _c.reason == literal_column(f"'{metering.SUBMIT_UNKNOWN.reason}'"),
+        _c.fal_request_id.is_(None),
+    ),
+)
 _SEND = (
     update(tables.calls)
-    .where(_c.call_id == bindparam("call"), _c.state == literal_column("'held'"), _IS_QUEUED)
-    .values(state="sent", fal_request_id=bindparam("request_id"), http_status=bindparam("status"))
+    .where(_c.call_id == bindparam("call"), _IS_SUBMITTED, _IS_QUEUED)
+    .values(state="sent", fal_request_id=bindparam("request_id"), http_status=bindparam("status"), reason=null())
 )
 _NOTE = update(tables.calls).where(_c.call_id == bindparam("call"), _IS_SENT).values(reason=bindparam("why"))
 _JOB = select(

@@ -170,7 +170,8 @@ def _remember(rt: Runtime, call: Call, request_id: str, http_status: int) -> Mic
         ) from error
     except calls.CallEnded:
         rt.working_on.discard(call.open.call_id)
-        raise  # the operator was faster with a word on the hold
+        log.error("%s is fal's job %s, and others had given it up meanwhile", call_text(call.open.call_id), request_id)
+        raise  # the operator was faster with a word on the hold, or a sweep that took this process for dead
     except Refused as error:
         log.error("%s: %s", call_text(call.open.call_id), error.message)
         admission.settle(rt, call, Verdict("unknown", reason="job_id_taken"))

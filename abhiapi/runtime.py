@@ -249,8 +249,13 @@ def start(
     metrics = Metrics()
     writer = GroupCommitter(database, on_group=metrics.group_size.observe)
     lock = database.process_lock()
-    process_id = writer.write(lambda tx: processes.start(tx, pid=os.getpid(), now_ms=now_ms()), patience_s=30)
-    lock.take_place(process_id)
+    try:
+        process_id = writer.write(lambda tx: processes.start(tx, pid=os.getpid(), now_ms=now_ms()), patience_s=30)
+        lock.take_place(process_id)
+    except BaseException:  # it may be tried again
+        writer.close()
+        lock.release()
+        raise
     limits = CallLimits(settings, on_fallback=metrics.limits_fallback.inc)
     runtime = Runtime(
         settings=settings,

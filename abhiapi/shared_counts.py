@@ -10,6 +10,7 @@ back. ``None`` for an answer means that Redis is away and the caller decides by 
 from __future__ import annotations
 
 import logging
+import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from time import monotonic
@@ -34,6 +35,8 @@ Running = Callable[[], Iterable[tuple[int, str]]]
 
 Verdict = Literal["admitted", "at_once", "minute"]
 _VERDICTS: tuple[Verdict, ...] = ("admitted", "at_once", "minute")
+_FORGOTTEN = 3  # instead of a verdict: Redis does not know any more what it was told by this process
+TELL_AGAIN_S = 1.0  # all calls of a batch hear that it has forgotten: one of them tells it again
 
 
 class SharedCounts:
@@ -50,6 +53,8 @@ class SharedCounts:
     ) -> None:
         """``running``: the calls of this process that hold a place, as (key, member)."""
         self._all_running = [running]
+        self._known = f"abhiapi:known:{secrets.token_hex(8)}"
+        self._told_again_at = -TELL_AGAIN_S
         self.lease = int(lease_s * _MICROS)
         self._lease_s, self._renew_s = lease_s, renew_s
         self._recent: deque[tuple[float, int, str]] = deque(maxlen=RECENT_MAX)  # calls admitted here in the last minute
@@ -69,8 +74,12 @@ class SharedCounts:
     def enter(self, key_id: int, member: str, *, at_once: int, per_minute: int) -> tuple[Verdict, Standing] | None:
         """Take a place and count one call of the minute, or neither."""
         window = WINDOW_S * _MICROS
-        answer = self.ask(ENTER, (places_of(key_id), _minute(key_id)), member, at_once, per_minute, self.lease, window)
-        if answer is None:
+        names = (places_of(key_id), _minute(key_id), self._known)
+        answer = self.ask(ENTER, names, member, at_once, per_minute, self.lease, window)
+        if answer is not None and answer[0] == _FORGOTTEN:
+            self._tell_again()
+            answer = self.ask(ENTER, names, member, at_once, per_minute, self.lease, window)
+        if answer is None or answer[0] == _FORGOTTEN:
             self._left_behind(key_id, member)  # Redis may have heard it: if the call is not made, nobody gives it back
             return None
         return _VERDICTS[answer[0]], _standing(answer[1:])
@@ -137,10 +146,29 @@ class SharedCounts:
             try:
                 for command in self._renewals():
                     self._line.tell(*command)
+                self._line.tell("PEXPIRE", self._known, int(self._lease_s * 1000))
             except RedisAway:
                 pass  # it will be told when it is back
             except Exception:  # a bug: without this line long calls would lose their places
                 log.exception("places were not renewed, and will be tried again")
+
+    def _tell_again(self) -> None:
+        """All that Redis has lost although it never was away, before anything else is asked."""
+        now = monotonic()
+        if now - self._told_again_at < TELL_AGAIN_S:
+            return
+        self._told_again_at = now
+        log.warning("Redis has forgotten what it was told, and is told again")
+        recent = list(self._recent)
+        commands = [self._recount(recent[at : at + TOLD_AT_ONCE]) for at in range(0, len(recent), TOLD_AT_ONCE)]
+        try:
+            for command in [*commands, *self._renewals(), self._say_known()]:
+                self._line.tell(*command)
+        except RedisAway:
+            pass  # it will be told when it is back
+
+    def _say_known(self) -> Command:
+        return ("SET", self._known, 1, "PX", int(self._lease_s * 1000))
 
     def _running(self) -> list[tuple[int, str]]:
         return [place for running in self._all_running for place in running()]
@@ -170,7 +198,7 @@ class SharedCounts:
         for start in range(0, len(left), TOLD_AT_ONCE):
             part = left[start : start + TOLD_AT_ONCE]
             words.append(_command(FORGET, [places_of(key_id) for _, key_id, _ in part], *(entry[2] for entry in part)))
-        return words + self._renewals()
+        return [*words, *self._renewals(), self._say_known()]
 
     def _recount(self, calls: list[tuple[float, int, str]]) -> Command:
         now = monotonic()

@@ -9,26 +9,44 @@ from __future__ import annotations
 import hashlib
 
 _NOW = "local t = redis.call('TIME') local now = t[1] * 1000000 + t[2] "
-_STANDING = """
+# What a clock that was ahead has left would count for as long as it was: no score is later than it can be now.
+_AT_MOST = """
+local function at_most(key, latest)
+  for _, member in ipairs(redis.call('ZRANGEBYSCORE', key, string.format('(%.0f', latest), '+inf')) do
+    redis.call('ZADD', key, latest, member)
+  end
+end
+"""
+_STANDING = (
+    _AT_MOST
+    + """
 local function standing(key, window)
   redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
+  at_most(key, now)
   local oldest = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
   return redis.call('ZCARD', key), oldest[2] and (oldest[2] + window - now) or window
 end
 """
+)
 _PLACE = """
 local function place(key, member, lease)
   redis.call('ZADD', key, now + lease, member)
   redis.call('PEXPIRE', key, math.ceil(lease / 1000))
 end
 """
-# KEYS: places, minute. ARGV: member, at once, per minute, lease, window. The place first: its refusal counts nothing.
+# KEYS: places, minute, what is there while Redis has forgotten nothing that the process has told it.
+# ARGV: member, at once, per minute, lease, window. The place first: its refusal counts nothing.
 ENTER = _NOW + _STANDING + _PLACE + """
+if redis.call('EXISTS', KEYS[3]) == 0 then return {3, 0, 0} end
 local lease, window = tonumber(ARGV[4]), tonumber(ARGV[5])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+at_most(KEYS[1], now + lease)
 local used, resets = standing(KEYS[2], window)
 if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2]) then return {1, used, resets} end
-if used >= tonumber(ARGV[3]) then return {2, used, resets} end
+if used >= tonumber(ARGV[3]) then  -- until as many have left the minute as are too many
+  local beyond = used - tonumber(ARGV[3])
+  return {2, used, redis.call('ZRANGE', KEYS[2], beyond, beyond, 'WITHSCORES')[2] + window - now}
+end
 place(KEYS[1], ARGV[1], lease)
 redis.call('ZADD', KEYS[2], now, ARGV[1])
 redis.call('PEXPIRE', KEYS[2], math.ceil(window / 1000))
@@ -66,21 +84,24 @@ end
 # What waits where is a hash: of each process when it was told, how many at once there, and those accounts. A process's
 # list replaces the one before, and is nothing after so much patience. Two waiters of one account in the same second
 # are equally old, and the process that asks goes first: a place moves to another process only for a reason.
-NEXT = _NOW + _PLACE + """
+NEXT = _NOW + _AT_MOST + _PLACE + """
 local asking, at_once, patience = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[5])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+at_most(KEYS[1], now + ARGV[4])
+at_most(KEYS[3], now)
 redis.call('HSET', KEYS[2], asking, string.format('%.0f %s %s', now, ARGV[3], ARGV[8]))
 redis.call('PEXPIRE', KEYS[2], math.ceil(patience / 1000))
 local running = redis.call('ZCARD', KEYS[1])
 if running >= at_once then return {0, running} end
 
-local waits, number = {}, 0
+local waits, number, lowest = {}, 0, at_once
 local told = redis.call('HGETALL', KEYS[2])
 for i = 1, #told, 2 do
   local at, most, accounts = string.match(told[i + 1], '^(%d+) (%d+) (.*)$')
   if math.abs(now - at) >= patience then
     redis.call('HDEL', KEYS[2], told[i])
-  elseif running < tonumber(most) then
+  else
+    lowest = math.min(lowest, tonumber(most))
     for account, ms in string.gmatch(accounts, '(%d+):(%d+)') do
       local since, wait = at - ms * 1000, waits[account]
       local second = math.floor(since / 1000000)
@@ -95,6 +116,7 @@ for i = 1, #told, 2 do
     end
   end
 end
+if running >= lowest then return {0, running} end
 
 local places = {}
 if number > 1 then

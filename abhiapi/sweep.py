@@ -1,7 +1,8 @@
-"""Holds that no living process will end: those of dead processes, and those past their deadline; and idempotency keys.
+"""Holds that nobody will end: those of dead processes, and its own past their deadline; and idempotency keys.
 
 A held call's answer was not seen by anybody and never will be, so its hold is released (contract 3.5, last row). A
 submit is another matter: fal may have accepted the job, which then runs and costs, so its hold stands for the operator.
+What a living process is at is left to it, whatever the clock here says: it knows which charges wait for the database.
 Run when a process starts and on a timer; safe to run in several at once, since ending a hold is conditional.
 """
 
@@ -47,15 +48,15 @@ def forget_old_keys(runtime: Runtime) -> None:
 def _sweep_overdue(runtime: Runtime) -> int:
     def release(tx: Tx) -> int:
         now = runtime.now_ms()
-        found = calls.overdue(tx, now_ms=now - GRACE_MS, most=BATCH)
-        return _release(tx, [call for call in found if call.call_id not in runtime.working_on], "overdue", now)
+        found = calls.overdue(tx, runtime.process_id, now_ms=now - GRACE_MS, most=BATCH)
+        return _release(tx, [call for call in found if call.call_id not in runtime.working_on], calls.OVERDUE, now)
 
     return _until_none_left(runtime, release)
 
 
 def _sweep_process(runtime: Runtime, process_id: int) -> int:
     def release(tx: Tx) -> int:
-        return _release(tx, calls.of_process(tx, process_id, most=BATCH), "process_died", runtime.now_ms())
+        return _release(tx, calls.of_process(tx, process_id, most=BATCH), calls.PROCESS_DIED, runtime.now_ms())
 
     count = _until_none_left(runtime, release)
     runtime.write(lambda tx: processes.end(tx, process_id, now_ms=runtime.now_ms()), patience_s=30)

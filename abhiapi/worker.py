@@ -7,19 +7,27 @@ its own page and log line repeat what was sent, and that may be a key.
 
 from __future__ import annotations
 
+import logging
+import os
 import socket
+import sys
 import time
 from email.utils import formatdate
 from http.client import responses
 from typing import Any
 
+import gevent
 from gevent import GreenletExit
 from gunicorn.http import errors as http_errors
 from gunicorn.http import wsgi
 from gunicorn.workers.ggevent import GeventWorker
 
 from abhiapi import logs, wire
-from abhiapi.errors import AbhiError, BadRequest
+from abhiapi.errors import AbhiError, BadRequest, DatabaseUnavailable
+
+log = logging.getLogger("abhiapi")
+
+WAIT_S = 1  # before a process that cannot start yet tries again
 
 # What gunicorn refuses by another status than 400.
 _REFUSALS = (
@@ -81,6 +89,22 @@ class OneSendResponse(wsgi.Response):  # type: ignore[misc]  # gunicorn has no t
 
 class LeanWorker(GeventWorker):  # type: ignore[misc]
     """The gevent worker, handling one request with `OneSendResponse`."""
+
+    def load_wsgi(self) -> None:
+        """One of the first processes that cannot start ends the server, which says why; one that replaces another
+        waits for its database instead, since gunicorn would end all those that still live with it."""
+        while True:
+            try:
+                super().load_wsgi()
+                return
+            except DatabaseUnavailable as error:
+                if self.age <= self.cfg.workers:
+                    raise
+                log.warning("this process waits for the database: %s", error.message)
+            self.notify()  # or gunicorn would take it for one that hangs
+            gevent.sleep(WAIT_S)
+            if not self.alive or os.getppid() != self.ppid:
+                sys.exit(0)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> bool:
         """Answer one request. Raises StopIteration when the connection is to be closed, as gunicorn expects."""

@@ -11,7 +11,7 @@ from time import monotonic
 import gevent
 
 from abhiapi import alerting, monitoring, reconcile, runtime, sweep, sync, webhook_delivery
-from abhiapi.errors import AbhiError
+from abhiapi.errors import AbhiError, DatabaseUnavailable
 from abhiapi.operator_webhook import OperatorWebhook
 from abhiapi.settings import Settings
 from abhiapi.web import create_app
@@ -92,7 +92,10 @@ def alert_for_ever(rt: runtime.Runtime) -> None:
 
 
 rt = runtime.start(Settings.from_env())
-sweep.run_once(rt)  # holds of a process that was killed end before the first call comes in
+try:
+    sweep.run_once(rt)  # holds of a process that was killed end before the first call comes in
+except DatabaseUnavailable as error:  # away again already: the timer tries again
+    runtime.log.warning("the sweep will be tried again: %s", error.message)
 gevent.spawn(live_for_ever, rt)
 gevent.spawn(sweep_for_ever, rt)
 gevent.spawn(reconcile_for_ever, rt)

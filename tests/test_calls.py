@@ -172,7 +172,7 @@ def test_what_does_not_exist_is_not_found(customer: Customer) -> None:
 def test_who_comes_too_late_is_told_how_the_call_ended(customer: Customer) -> None:
     call = customer.settle(20_000)
     customer.topup(1)
-    assert customer.write(lambda tx: calls.ended_as(tx, call.call_id)) == (20_000, 981_000)
+    assert customer.write(lambda tx: calls.ended_as(tx, call.call_id)) == (20_000, 981_000, None)
 
 
 def test_usage_counts_every_ended_call_on_the_day_of_its_end(customer: Customer, clock: Clock) -> None:
@@ -212,7 +212,7 @@ def test_only_held_calls_past_their_deadline_are_overdue(customer: Customer, clo
     customer.finish(customer.admit(deadline_in_ms=1), settled())
 
     def overdue(tx: Tx) -> list[calls.OpenCall]:
-        return calls.overdue(tx, now_ms=clock.now_ms, most=10)
+        return calls.overdue(tx, customer.process_id, now_ms=clock.now_ms, most=10)
 
     clock.tick(10)
     assert customer.write(overdue) == []
@@ -220,7 +220,9 @@ def test_only_held_calls_past_their_deadline_are_overdue(customer: Customer, clo
     assert customer.write(overdue) == [late]
     clock.tick(1)
     assert customer.write(overdue) == [late, later]
-    assert customer.write(lambda tx: calls.overdue(tx, now_ms=clock.now_ms + MINUTE_MS, most=1)) == [late]
+    much_later = clock.now_ms + MINUTE_MS
+    assert customer.write(lambda tx: calls.overdue(tx, customer.process_id, now_ms=much_later, most=1)) == [late]
+    assert customer.write(lambda tx: calls.overdue(tx, customer.process_id + 1, now_ms=much_later, most=1)) == []
 
 
 def test_a_process_is_known_by_its_held_calls_only(database: Database, customer: Customer, clock: Clock) -> None:

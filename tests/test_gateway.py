@@ -248,18 +248,36 @@ def test_a_bug_leaves_no_hold_and_no_place_taken(house: House, error: BaseExcept
 
 
 @pytest.mark.engines
-def test_a_hold_that_the_sweep_has_ended_is_not_ended_again(house: House) -> None:
-    def sweep() -> None:
+@pytest.mark.parametrize(
+    ("why", "status", "answered"),
+    [("process_died", 200, 500), ("overdue", 200, 500), ("process_died", 422, 400), ("operator", 200, 200)],
+)
+def test_a_hold_that_somebody_else_has_given_back_is_not_ended_again(
+    house: House, why: str, status: int, answered: int
+) -> None:
+    """A process that was cut off for long is taken for dead: what it hears of fal after that would leave for nothing.
+
+    The operator's word is another matter: it was said of this very call.
+    """
+
+    def give_back() -> None:
         call_id = house.last().call_id
         house.books.write(
-            lambda tx: calls.finish(tx, calls.open_call(tx, call_id), released("overdue"), now_ms=house.books.clock())
+            lambda tx: calls.finish(tx, calls.open_call(tx, call_id), released(why), now_ms=house.books.clock())
         )
 
-    house.fal.when_sent = sweep
+    house.fal.answer = answer([PICTURE], JSON, *([UNITS] if status == 200 else []), status=status)
+    house.fal.when_sent = give_back
     reply = house.call()
-    assert (reply.status, billing(reply.body)["credits_used"]) == (200, 0)
-    assert (house.last().state, house.last().reason) == ("released", "overdue")
+    assert reply.status == answered
+    assert (b"images" in reply.body) == (answered != 500)
+    if answered == 500:
+        assert json.loads(reply.body)["error"]["type"] == "charge_not_recorded"
+    else:
+        assert billing(reply.body)["credits_used"] == 0
+    assert (house.last().state, house.last().reason) == ("released", why)
     assert house.standing() == (START, 0)
+    assert house.rt.working_on == set()
 
 
 def locked(house: House) -> Session:

@@ -359,6 +359,31 @@ def test_a_process_is_dead_when_its_lock_was_free_for_long_enough(
     assert observer.is_dead(number, 1)
 
 
+def test_time_in_which_nobody_could_look_makes_no_process_dead(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that came up for a moment, and was away again: whoever lives had no chance to take its lock."""
+    now = [0.0]
+    monkeypatch.setattr(db_postgres, "monotonic", lambda: now[0])
+    observer = database_at(database_url)
+    assert observer.dead({7: 1}) == set()
+
+    def away(_: object) -> None:
+        raise DatabaseUnavailable("the database cannot be used")
+
+    with monkeypatch.context() as for_a_while:
+        for_a_while.setattr(observer, "pooled", away)
+        with pytest.raises(DatabaseUnavailable):
+            observer.dead({7: 1})
+    assert not observer.is_dead(7, 1)
+    now[0] += db_postgres.FREE_FOR_S
+    assert observer.dead({7: 1}) == set()
+    now[0] += db_postgres.FREE_FOR_S + 1  # this process stood still
+    assert observer.dead({7: 1}) == set()
+    now[0] += db_postgres.FREE_FOR_S
+    assert observer.dead({7: 1}) == {7}
+
+
 def test_a_lock_is_taken_anew_where_the_server_says_nothing(
     database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

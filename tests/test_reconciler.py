@@ -13,10 +13,11 @@ import pytest
 import requests
 
 from abhiapi import calls, jobs, prices, processes, queue_gateway, reconcile, runtime, settlement, sweep, turns, vitals
+from abhiapi import fal as fal_client
 from abhiapi.admission import Request
 from abhiapi.db import Database
 from abhiapi.errors import BadAmount
-from abhiapi.metering import Verdict
+from abhiapi.metering import SUBMIT_UNKNOWN, Verdict
 from abhiapi.money import Micros
 from abhiapi.settings import Settings
 from tests.harness import OPERATOR_KEY, WEBHOOK_KEY, Books, Clock, Fal, own, until
@@ -330,6 +331,32 @@ def test_this_process_lets_go_of_a_submit_once_its_outcome_is_written(
     queue_gateway.run(rt, Request("POST", "/queue/fal-ai/flux/dev", "", headers, lambda: body, "http://here"))
     assert books.calls(account)[0].state == state
     assert rt.working_on == set()
+
+
+def test_a_job_that_fal_accepted_while_its_process_was_taken_for_dead_is_one_all_the_same(
+    rt: runtime.Runtime, fal: Fal, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process has left its hold to the operator. Whose id this process knows, it can settle."""
+    books = Books(database)
+    account, key = books.account(5000)
+    send = fal_client.Fal.send
+
+    def swept_meanwhile(self: fal_client.Fal, method: str, *arguments: Any, **more: Any) -> Any:
+        reply = send(self, method, *arguments, **more)
+        if method == "POST":
+            call_id = books.calls(account)[0].call_id
+            books.write(lambda tx: calls.finish(tx, calls.open_call(tx, call_id), SUBMIT_UNKNOWN, now_ms=1))
+        return reply
+
+    monkeypatch.setattr(fal_client.Fal, "send", swept_meanwhile)
+    headers = {"authorization": f"Key {key}", "content-type": "application/json"}
+    body = _Body(json.dumps(CAT).encode(), CAT)
+    reply = queue_gateway.run(rt, Request("POST", "/queue/fal-ai/flux/dev", "", headers, lambda: body, "http://here"))
+    assert reply.status == 200
+    assert (books.calls(account)[0].state, books.calls(account)[0].reason) == ("sent", None)
+    until(lambda: reconcile.run_once(rt).settled == 1, what="the job has ended")
+    assert books.standing(account) == (5_000_000 - FLUX_MICROS, 0)
+    assert books.verify().problems == []
 
 
 def test_a_job_whose_charge_the_ledger_refuses_is_the_operators(

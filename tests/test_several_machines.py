@@ -21,7 +21,7 @@ import requests
 from abhiapi import accounts, ledger
 from abhiapi.db import Tx, database_at
 from abhiapi.money import Micros
-from tests.harness import OPERATOR_KEY, Books, Fal, until
+from tests.harness import OPERATOR_KEY, START_S, Books, Fal, until
 from tests.machines import Host, machine
 from tests.postgres import Postgres
 from tests.redis_server import RedisServer, Relay
@@ -235,6 +235,28 @@ def test_a_restart_of_the_database_refuses_cleanly_and_makes_nothing_free(servic
     paid = charged(service, account)
     assert load.statuses[200] <= paid
     assert service.heard() - before == paid  # whatever fal did was paid for
+
+
+def test_a_process_that_dies_while_the_database_is_away_takes_no_other_with_it(service: Service) -> None:
+    """gunicorn ends all of a server where one process cannot start: whoever replaces the dead one waits instead."""
+    host = service.hosts[0]
+    until(lambda: len(host.worker_pids()) == 2, what="both processes are there")
+    host.wait()
+    began = host.process.output().count("AbhiAPI serves")
+    service.postgres.stop()
+    try:
+        host.kill_worker(0)
+        until(
+            lambda: "waits for the database" in host.process.output() or host.process.popen.poll() is not None,
+            what="another process has begun",
+            within_s=START_S,
+        )
+    finally:
+        service.postgres.go()
+    host.wait()
+    _, key = service.books.account(1000)
+    assert requests.post(f"{host.url}/fal-ai/flux/dev", json=INPUT, headers={"x-api-key": key}, timeout=60).ok
+    until(lambda: host.process.output().count("AbhiAPI serves") > began, what="the other one is replaced")
 
 
 def test_redis_may_die_or_fall_silent_and_money_is_exact(service: Service) -> None:

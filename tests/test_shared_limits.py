@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import gevent
 import pytest
+import redis
 import requests
 
 from abhiapi.errors import RateLimited, TooManyConcurrent
 from abhiapi.limits import CallLimits
 from abhiapi.settings import Settings
+from abhiapi.shared_counts import LEASE_S, places_of
 from tests.harness import Fal, Server, in_time, until
 from tests.limits_processes import Child, children
 from tests.redis_server import RedisServer, Relay
@@ -109,6 +112,61 @@ def test_redis_frozen_and_killed_under_load_moves_no_money_and_refuses_nobody(
         assert requests.get(f"{server.url}/v1/account", headers={"x-api-key": key}, timeout=30).ok
         assert server.books.verify().problems == []
         assert 1 <= server.process.output().count("Redis is away") < 6  # one line for a crossing, not one for each call
+
+
+def test_a_redis_that_was_emptied_is_told_again_by_each_process_at_its_next_call(own_redis: RedisServer) -> None:
+    """Its connections stay (FLUSHALL by somebody else who uses it), so that nobody notices by those."""
+    url = own_redis.url()
+    with children(url, 2, LIMITS, lease_s="30") as two:
+        assert total(two, "enter 1 20", "admitted") == 5
+        assert total(two, "make 2 20", "admitted") == 30
+        with redis.Redis.from_url(url) as client:
+            client.flushall()
+        assert total(two, "make 3 4", "admitted") == 8
+        assert total(two, "enter 1 20", "admitted") == 0
+        assert total(two, "make 2 20", "admitted") == 0
+        assert total(two, "leave 1 5", "ended") == 5
+        assert total(two, "make 1 20", "admitted") == 25
+        assert [child.ask("state")["alone"] for child in two] == [0] * 2
+
+
+def test_a_redis_whose_clock_was_ahead_refuses_nobody_for_longer_than_a_minute(redis_server: RedisServer) -> None:
+    """What it has counted lies in the future then: it is taken for just now, not for what it will be in an hour."""
+    hour = 3_600_000_000
+    url = redis_server.url()
+    with closing(CallLimits(Settings.from_env({"ABHIAPI_LIMITS_URL": url} | LIMITS), timeout_s=5)) as limits:
+        for _ in range(30):
+            limits.enter(1, "free").release()
+        dead = [limits.enter(2, "free") for _ in range(5)]
+        with redis.Redis.from_url(url) as client:
+            for name in ("abhiapi:{1}:minute", places_of(2)):
+                told = client.zrange(name, 0, -1, withscores=True)
+                client.zadd(name, {member: score + hour for member, score in told})
+            with pytest.raises(RateLimited) as refused:
+                limits.enter(1, "free")
+            assert refused.value.retry_after_s is not None
+            assert 50 < refused.value.retry_after_s <= 61
+            with pytest.raises(TooManyConcurrent):
+                limits.enter(2, "free")
+            ends = [score for _, score in client.zrange(places_of(2), 0, -1, withscores=True)]
+            assert len(ends) == len(dead)
+            assert max(ends) <= (client.time()[0] + 1 + LEASE_S) * 1_000_000
+
+
+def test_who_is_far_beyond_a_limit_is_told_when_a_call_is_free_again(redis_server: RedisServer) -> None:
+    """As after a time without Redis, or on a smaller plan: it is not when the oldest call leaves the minute."""
+    url = redis_server.url()
+    with closing(CallLimits(Settings.from_env({"ABHIAPI_LIMITS_URL": url} | LIMITS), timeout_s=5)) as limits:
+        for _ in range(40):
+            limits.enter(1, "pro").release()
+        minute = "abhiapi:{1}:minute"
+        with redis.Redis.from_url(url) as client:
+            for member, score in client.zrange(minute, 0, 9, withscores=True):
+                client.zadd(minute, {member: score - 50_000_000})
+        with pytest.raises(RateLimited) as refused:
+            limits.enter(1, "free")
+        assert refused.value.retry_after_s is not None
+        assert 30 < refused.value.retry_after_s <= 61
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import redis
 
 from abhiapi.fairness import NOBODY
 from abhiapi.shared_counts import SharedCounts, places_of
-from abhiapi.shared_turns import EVERYBODY, WAITING, SharedTurns
+from abhiapi.shared_turns import EVERYBODY, LAST_TURNS, WAITING, SharedTurns
 from tests.harness import in_time, until
 from tests.limits_processes import Child, children
 from tests.redis_server import RedisServer, Relay
@@ -127,12 +127,31 @@ def test_places_of_an_older_version_count_and_are_no_accounts(start: Start, url:
         assert process.next({BURSTING: 1, OTHER: 0}, most=2) == OTHER
 
 
-def test_a_process_that_may_send_no_more_by_its_own_limit_holds_nobody_up(start: Start) -> None:
-    """fal has refused a call of it, and has not yet refused the other's."""
+def test_what_fal_has_taught_one_process_counts_for_all_while_calls_wait_at_it(start: Start) -> None:
+    """Else those who wait there would be passed over for as long as the others, not taught yet, keep more at work."""
     lowered, other = start(), start()
-    assert [other.next({OTHER: 1}, most=4) for _ in range(2)] == [OTHER, OTHER]
-    assert lowered.next({BURSTING: 9}, most=2) == NOBODY
-    assert other.next({OTHER: 1}, most=4) == OTHER
+    assert [other.next({OTHER: 1}, most=4) for _ in range(4)] == [OTHER] * 4
+    for _ in range(3):
+        assert lowered.next({BURSTING: 9}, most=2) == NOBODY
+        other.end()
+        assert other.next({OTHER: 1}, most=4) == NOBODY
+    assert lowered.next({BURSTING: 9}, most=2, calls=1) == BURSTING
+    assert [other.next({OTHER: 1}, most=4) for _ in range(3)] == [OTHER, OTHER, NOBODY]
+
+
+def test_a_turn_before_the_clock_of_redis_was_set_right_keeps_no_account_waiting(start: Start, url: str) -> None:
+    """Else it would be last among equals until that time comes again."""
+    one, two = start(), start()
+    with redis.Redis.from_url(url) as client:
+        client.zadd(LAST_TURNS, {str(OTHER): (client.time()[0] + 3600) * 1_000_000})
+    assert one.next({BURSTING: 9}) == BURSTING
+    assert two.next({OTHER: 9}) == NOBODY
+    one.end()
+    served = []
+    for _ in range(4):
+        served.append(one.next({BURSTING: 9}) or two.next({OTHER: 9}) or one.next({BURSTING: 9}))
+        (one if one.held else two).end()
+    assert set(served[-2:]) == {BURSTING, OTHER}
 
 
 def test_who_waits_no_more_holds_nobody_up(start: Start) -> None:
