@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -316,17 +317,15 @@ def somebody_else() -> Iterator[None]:
 @pytest.mark.parametrize("closed", ["file", "folder"])
 def test_a_command_of_another_user_is_told_so(cli: CommandLine, tmp_path: Path, closed: str) -> None:
     """The service's folder and file are its own, and an operator's first command is often run as somebody else."""
-    folder = tmp_path / "service"
-    folder.mkdir()
-    settings = {"ABHIAPI_DATABASE_URL": f"sqlite:///{folder}/abhiapi.db"}
-    commands = [("accounts", "list"), ("doctor", "--offline"), ("backup", str(tmp_path / "copy.db"))]
-    for command in commands:  # loads what each needs
-        cli(*command, **settings)
-    (tmp_path / "copy.db").unlink()
-    folder.chmod(0o700 if closed == "folder" else 0o755)
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
-    with somebody_else():
-        for command in commands:
-            done = cli(*command, **settings)
-            assert (done.exit_code, "run this as the user who serves" in done.stdout + done.stderr) == (1, True), done
+    with tempfile.TemporaryDirectory() as service:  # not in pytest's folder, which is closed to others itself
+        settings = {"ABHIAPI_DATABASE_URL": f"sqlite:///{service}/abhiapi.db"}
+        commands = [("accounts", "list"), ("doctor", "--offline"), ("backup", str(tmp_path / "copy.db"))]
+        for command in commands:  # loads what each needs
+            cli(*command, **settings)
+        (tmp_path / "copy.db").unlink()
+        os.chmod(service, 0o700 if closed == "folder" else 0o755)
+        with somebody_else():
+            for command in commands:
+                done = cli(*command, **settings)
+                said = done.stdout + done.stderr
+                assert (done.exit_code, "run this as the user who serves" in said) == (1, True), said
