@@ -344,7 +344,7 @@ def test_metrics_behind_a_token(app: Any) -> None:
 
 FORBIDDEN = (
     "/tokens", "/tokens/", "/tokens/x", "/storage/auth/token", "/storage/upload/initiate", "/api/fal/proxy/x", "/api/x",
-    "/queue", "/static/x", "/v1",
+    "/queue", "/queue/", "/static/x", "/v1",
     "/v1/", "/v1/nothing", "/v1/keys", "/favicon.ico", "/robots.txt", "/.well-known/x", "/tokens%2f", "/v1%2fx",
 )  # fmt: skip
 
