@@ -115,12 +115,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a call's hold ended: what it cost and the balance after it."""
+    """How a call's hold ended: what it cost and the balance after it. Not known: the operator will say what it cost."""
 
     charge_micros: Micros
     balance_micros: Micros
+    is_known: bool = True
 
     def headers(self) -> wire.Headers:
+        if not self.is_known:  # a charge that may follow is no charge of 0 (contract 3.3)
+            return []
         return [
             ("x-abhiapi-credits-used", credits_text(self.charge_micros)),
             ("x-abhiapi-balance-remaining", credits_text(self.balance_micros)),
@@ -262,7 +265,7 @@ def settle(
 
     def finish(tx: Tx, by: Verdict) -> Outcome:
         balance = calls.finish(tx, call.open, by, now_ms=now, http_status=http_status, fal_request_id=fal_request_id)
-        return Outcome(by.charge_micros, balance)
+        return Outcome(by.charge_micros, balance, by.end != "unknown")
 
     def end(patience_s: float) -> tuple[Outcome, Verdict]:
         try:

@@ -19,7 +19,7 @@ from typing import Any
 
 from abhiapi import admission, calls, encodings, eventstream, jsonbytes, keys, metering, pricing, replay, wire
 from abhiapi.admission import WHOLE_BYTES_MAX, Call, Outcome, Reply, Request
-from abhiapi.errors import BodyIncomplete, UpstreamError, UpstreamRefused
+from abhiapi.errors import BodyIncomplete, MethodNotAllowed, UpstreamError, UpstreamRefused
 from abhiapi.fal import FalReply
 from abhiapi.ids import call_text
 from abhiapi.metering import Verdict
@@ -40,6 +40,8 @@ def run(rt: Runtime, request: Request) -> Reply:
 
 def _admitted(rt: Runtime, caller: keys.Caller, call_id: int, request: Request, dialect: wire.Dialect) -> Reply:
     """The call itself, once its caller is known and within limits. Raises what is answered in its place."""
+    if request.method in wire.NEVER_FORWARDED:
+        raise MethodNotAllowed(f"{request.method} is not passed on: call models with POST or GET", allowed="GET, POST")
     model, streamed = wire.endpoint_of(request.path)
     price = rt.catalogue(caller.price_version).price_of(model)
     query = wire.forwarded_query(request.query, without_webhook=True)

@@ -58,5 +58,6 @@ class Parser(HTTPResponse):
 
     def _flush_header(self) -> None:
         if self._current_header_field is not None:
-            self.lines.append((self._current_header_field, self._current_header_value or ""))
+            # llhttp leaves the blanks behind a value, which are none of it (RFC 9110, 5.5): "1 " is one unit.
+            self.lines.append((self._current_header_field, (self._current_header_value or "").rstrip(" \t")))
             self._current_header_field = self._current_header_value = None

@@ -144,12 +144,15 @@ def recorded_price(tx: Tx, price_id: int) -> RecordedPrice:
     return RecordedPrice(unit, Decimal(unit_price), Decimal(fal_price) if fal_price else None, source)
 
 
-def outcome(tx: Tx, call_id: int) -> tuple[Micros, Micros]:
-    """What a job was charged, and the balance after that very charge; without a charge 0 and the balance now."""
+def outcome(tx: Tx, call_id: int) -> tuple[Micros, Micros, bool]:
+    """What a job was charged, and the balance after that very charge; without a charge 0 and the balance now.
+
+    And whether that is known: False where the operator will say what it cost.
+    """
     row = tx.one(_OUTCOME, call=call_id)
     assert row is not None
-    charged, after_charge, now, _state = row
-    return Micros(charged), Micros(now if after_charge is None else after_charge)
+    charged, after_charge, now, state = row
+    return Micros(charged), Micros(now if after_charge is None else after_charge), state != "unknown"
 
 
 def balance(tx: Tx, job: Job) -> Micros:

@@ -60,8 +60,10 @@ def parse(path: str) -> Route:
             return Route(_SHORT_ACTIONS[tuple(rest)], request_id)
         raise UnknownRoute("no such route here: a job's are its id alone, /status, /response and /cancel")
     target = path.removeprefix(QUEUE)
-    if not path.startswith(PREFIXES[0]) or not target.strip("/"):
-        raise ForbiddenPath("the path names no model")
+    if not path.startswith(PREFIXES[0]):
+        raise ForbiddenPath("the path is not plainly one of the queue's: write /queue/{model} without any encoding")
+    if not target.strip("/"):
+        raise UnknownRoute("no such route here: a job is submitted at /queue/{model}, see /docs")
     segments = target.strip("/").split("/")
     for at in range(len(segments) - 2, -1, -1):
         if segments[at] == "requests" and tuple(segments[at + 2 :]) in _ACTIONS:

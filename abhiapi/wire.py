@@ -21,6 +21,9 @@ Headers = list[tuple[str, str]]
 # one of fal's own clients and gets fal's own statuses (contract 3.4).
 Dialect = Literal["table", "fal"]
 
+# TRACE asks for the request to be sent back, with the operator's credential in it; CONNECT for a tunnel.
+NEVER_FORWARDED = frozenset(("TRACE", "CONNECT"))
+
 _FORWARDED = frozenset(("content-type", "accept", "user-agent"))
 # fal-protocol 10.4, no. 23: headers that reach into the operator's account, storage or routing; and the target of
 # the client's proxy protocol, which is ours to read.

@@ -153,6 +153,7 @@ def test_a_success_that_nobody_can_compute_keeps_its_hold_for_the_operator(
     assert billing(response) == {
         "model": "fal-ai/creative-upscaler", "credits_used": 0, "cost_usd": 0, "balance_remaining": CREDITS
     }  # fmt: skip
+    assert not {"x-abhiapi-credits-used", "x-abhiapi-balance-remaining"} & {name.lower() for name in response.headers}
     (call,) = books.calls(name)
     assert (call.state, call.finished_at, call.charged_micros) == ("unknown", None, 0)
     assert call.reason == ("no_units" if units == "none" else "bad_units")

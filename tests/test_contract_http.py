@@ -47,6 +47,20 @@ def test_what_is_no_http_gets_our_error_and_leaves_no_trace(shared_server: Serve
     assert requests.get(f"{shared_server.url}/healthz", timeout=30).status_code == 200
 
 
+@pytest.mark.parametrize("method", ["TRACE", "CONNECT"])
+def test_what_would_show_the_operators_credential_is_not_passed_on(
+    shared_server: Server, fal: Fal, books: Books, method: str
+) -> None:
+    """A server that honours TRACE sends the request back, its Authorization included."""
+    name, key = books.account()
+    seen = fal.total()
+    answer = raw_http.exchange(shared_server.url, raw_http.request_bytes(key).replace(b"POST", method.encode(), 1))
+    assert (answer.status, json.loads(answer.body)["error"]["type"]) == (405, "method_not_allowed")
+    assert answer.value("allow") == "GET, POST"
+    assert fal.total() == seen
+    assert books.calls(name) == []
+
+
 @pytest.mark.parametrize("chunks", [b"zz\r\n{}\r\n0\r\n\r\n", b"2\r\n{}XX0\r\n\r\n", b"-2\r\n{}\r\n0\r\n\r\n"])
 def test_a_body_in_bad_chunks_is_the_callers_mistake(shared_server: Server, books: Books, chunks: bytes) -> None:
     name, key = books.account()

@@ -335,7 +335,9 @@ def test_metrics_behind_a_token(app: Any) -> None:
     elsewhere = {"REMOTE_ADDR": "10.0.0.1"}
     for authorization in (None, "a-token", "Bearer b-token", "Bearer a-tokenx", "Bearer \xe9"):
         headers = {"Authorization": authorization} if authorization else {}
-        assert client.get("/metrics", headers=headers).status_code == 404
+        refused = client.get("/metrics", headers=headers)
+        assert refused.status_code == 401
+        assert refused.get_json()["error"]["type"] == ("invalid_key" if authorization else "missing_key")
     told = client.get("/metrics", headers={"Authorization": "Bearer a-token"}, environ_base=elsewhere)
     assert told.status_code == 200
 
@@ -344,7 +346,7 @@ def test_metrics_behind_a_token(app: Any) -> None:
 
 FORBIDDEN = (
     "/tokens", "/tokens/", "/tokens/x", "/storage/auth/token", "/storage/upload/initiate", "/api/fal/proxy/x", "/api/x",
-    "/queue", "/static/x", "/v1",
+    "/queue", "/queue/", "/static/x", "/v1",
     "/v1/", "/v1/nothing", "/v1/keys", "/favicon.ico", "/robots.txt", "/.well-known/x", "/tokens%2f", "/v1%2fx",
 )  # fmt: skip
 

@@ -259,6 +259,12 @@ def test_headers_keep_their_order_spelling_and_repetition() -> None:
     assert reply.value("absent") is None
 
 
+def test_blanks_around_a_headers_value_are_none_of_it() -> None:
+    """RFC 9110, 5.5. "1 " would be no plain number of units, and the catalogue's guess would be charged instead."""
+    with peer(b"HTTP/1.1 200 OK\r\nx-fal-billable-units: \t3 \t \r\nContent-Length: 0\r\n\r\n") as server:
+        assert ask(server.url).headers[0] == ("x-fal-billable-units", "3")
+
+
 def test_an_answer_that_never_begins_or_never_ends_times_out() -> None:
     over = threading.Event()
 

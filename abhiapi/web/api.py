@@ -30,7 +30,9 @@ from abhiapi.errors import (
     BadRequest,
     BodyIncomplete,
     BodyTooLarge,
+    InvalidKey,
     MalformedJson,
+    MissingKey,
     NotFound,
     UnknownRoute,
 )
@@ -86,8 +88,10 @@ def metrics() -> Response:
     if token is None:
         if not _is_on_this_machine(rt):
             raise UnknownRoute("no such route here")
-    elif not hmac.compare_digest(request.headers.get("Authorization", "").encode(), f"Bearer {token}".encode()):
-        raise UnknownRoute("no such route here")
+    elif "Authorization" not in request.headers:
+        raise MissingKey("/metrics takes the bearer token of ABHIAPI_METRICS_TOKEN, and no key")
+    elif not hmac.compare_digest(request.headers["Authorization"].encode(), f"Bearer {token}".encode()):
+        raise InvalidKey("this is not the bearer token of ABHIAPI_METRICS_TOKEN")
     monitor().look()
     return Response(rt.metrics.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
 

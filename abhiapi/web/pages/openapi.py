@@ -191,7 +191,7 @@ def _service() -> Json:
     sick = {"description": "The database takes no write.", "content": _json(ref("Sickness"))}
     health = _look("health", "Whether it can serve", "Health", codes=(405, 500), tag="Service") | {"security": []}
     health["responses"]["503"] = sick
-    metrics = _document("metrics", "Prometheus text, for the operator", "text/plain", 404)
+    metrics = _document("metrics", "Prometheus text, for the operator", "text/plain", 401, 404)
     delivered = [
         _path("call_id", "The job's call.", "call_01jd9x8k2m4p7"),
         _path("token", "Known to fal only.", "x"),
