@@ -28,7 +28,7 @@ from abhiapi.metrics import Metrics
 from abhiapi.migrations import open_database
 from abhiapi.outbound import Outbound
 from abhiapi.polls import Polls
-from abhiapi.settings import Settings
+from abhiapi.settings import NO_FAL_KEY, Settings
 from abhiapi.tracing import Tracer
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ def start(
 ) -> Runtime:
     """Open everything that serving needs. Raises `SettingsError`, `SchemaError`, `DatabaseUnavailable`."""
     if settings.fal_key is None:
-        raise SettingsError(["FAL_KEY is not set: set it, or start with --sandbox to use the built-in simulator"])
+        raise SettingsError([NO_FAL_KEY])
     database = open_database(settings)
     webhook_key = signing.load(settings.webhook_key, settings.kept_beside("webhook-key"))
     metrics = Metrics()

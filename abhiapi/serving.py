@@ -16,7 +16,7 @@ from abhiapi.db import Database, Tx
 from abhiapi.errors import BadRequest, Refused, SettingsError
 from abhiapi.migrations import open_database
 from abhiapi.money import Micros
-from abhiapi.settings import Settings, default_database_url, environment
+from abhiapi.settings import NO_FAL_KEY, Settings, default_database_url, environment
 
 CONNECTIONS = 4000
 FILES_PER_CALL = 2  # one connection to the caller, one to fal
@@ -29,7 +29,7 @@ def checked_settings() -> Settings:
     """The settings of a server. Raises `SettingsError`, with every problem."""
     settings = Settings.from_env()
     if settings.fal_key is None:
-        raise SettingsError(["FAL_KEY is not set: set it, or start with --sandbox to use the built-in simulator"])
+        raise SettingsError([NO_FAL_KEY])
     return settings
 
 

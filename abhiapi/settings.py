@@ -27,6 +27,7 @@ SLOW_CALLER_S = 600  # how much longer than fal a caller may take to read a larg
 STALL_S = 60  # a caller that neither sends nor takes anything for this long has hung up
 FILE_BYTES_MAX = 64 * 1024
 UPLOAD_S = 900  # how long a caller may take to send a request's body
+NO_FAL_KEY = "FAL_KEY is not set: set it; `abhiapi serve --sandbox` serves the built-in simulator without one"
 
 
 @dataclass(frozen=True, slots=True)
