@@ -79,6 +79,9 @@ def keep(connection: socket.socket) -> None:
         become(**wanted)
         sys.exit()
     connection.sendall(f"{pid}\n".encode())
+    ended = os.pidfd_open(pid)
+    if ended not in plain_select([ended, connection], [], [])[0]:  # whoever started it is gone, without a word
+        os.killpg(pid, signal.SIGKILL)
     _, status = waitpid(pid, 0)
     connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
