@@ -74,13 +74,13 @@ def check_server(connection: Connection, name: str) -> None:
 
 def version_of(connection: Connection, name: str) -> int:
     """The schema's version; 0: the database is empty. Raises `SchemaError` where it is another program's."""
-    if _number(connection, _HAS_VERSION):
-        if connection.execute(_ARRIVING).fetchone() is not None:
-            raise SchemaError(f"{name} holds a ledger that has not arrived yet: run `abhiapi migrate-to` again")
-        return _number(connection, _VERSION)
-    if _number(connection, _TABLES):
+    if not _number(connection, _TABLES):  # asked first: whoever makes ours just now makes all of them at once
+        return 0
+    if not _number(connection, _HAS_VERSION):
         raise SchemaError(f"{name} is a database of some other program; choose another ABHIAPI_DATABASE_URL")
-    return 0
+    if connection.execute(_ARRIVING).fetchone() is not None:
+        raise SchemaError(f"{name} holds a ledger that has not arrived yet: run `abhiapi migrate-to` again")
+    return _number(connection, _VERSION)
 
 
 @contextmanager

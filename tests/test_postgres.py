@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, LiteralString
 
 import gevent
 import psycopg
@@ -460,12 +461,26 @@ def test_a_database_of_another_program_or_a_newer_version_is_refused(postgres: P
             migrate(database_at(url))
         with raw(url) as other:
             other.execute("DROP TABLE theirs")
-        made = [threading.Thread(target=migrate, args=(database_at(url),)) for _ in range(4)]
-        for one in made:
-            one.start()
-        for one in made:
-            one.join(30)
+        with ThreadPoolExecutor(4) as pool:
+            done = list(pool.map(lambda _: migrate(database_at(url)), range(4)))
+        assert len([words for words in done if words]) == 1
         assert migrate(database_at(url)) is None
+
+
+def test_what_another_process_makes_between_two_questions_is_ours(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with postgres.fresh(empty=True) as url, raw(url) as connection:
+        ask = connection.execute
+
+        def asked(query: LiteralString) -> psycopg.Cursor[Any]:
+            answer = ask(query)
+            migrate(database_at(url))
+            return answer
+
+        monkeypatch.setattr(connection, "execute", asked)
+        assert migrations_postgres.version_of(connection, "it") == 0
+        assert migrations_postgres.version_of(connection, "it") == migrations.VERSION
 
 
 def test_a_password_is_in_no_message(postgres: Postgres) -> None:
