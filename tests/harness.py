@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -12,7 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
+from functools import cache
+from itertools import count, cycle
 from pathlib import Path
 from select import select
 from typing import Any, TypeVar
@@ -31,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OPERATOR_KEY = "operator-id:0123456789abcdef-operator-secret"
 WEBHOOK_KEY = base64.b64encode(bytes(32)).decode()
 START_S = 30
+FIRST_PORT, LAST_PORT_LEAST = 11_000, 20_000  # browsers refuse some below
 _numbers = count(1)
 
 
@@ -78,9 +81,26 @@ def own(name: str) -> str:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
+    """A port that nobody listens at, and that nobody else is given before who asked listens there."""
+    for port in _own_ports():
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
         return port
+    raise AssertionError("it goes round")
+
+
+@cache
+def _own_ports() -> Iterator[int]:
+    """For each process of the run its own, below those that the machine gives to whoever connects."""
+    beyond = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    own = range(
+        FIRST_PORT + number, max(beyond, LAST_PORT_LEAST), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    )
+    first = random.randrange(len(own))  # another run may be under way
+    return cycle([*own[first:], *own[:first]])
 
 
 def environment(**settings: str) -> dict[str, str]:
