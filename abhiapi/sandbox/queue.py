@@ -137,12 +137,9 @@ class Queue:
         self._webhooks.deliver(job)
 
     def _wait(self, job: Job, seconds: float, gate: str | None) -> None:
-        deadline = monotonic() + GATE_MAX_S
         job.stop.wait(seconds)
-        while gate is not None and not job.stop.is_set() and monotonic() < deadline:
-            if self._gates.is_open(gate):
-                return
-            job.stop.wait(0.005)
+        if gate is not None:
+            gevent.wait([self._gates.gate(gate), job.stop], GATE_MAX_S, 1)
 
     def _cancel(self, job: Job) -> Reply:
         if job.status == "COMPLETED":

@@ -205,21 +205,19 @@ class Gates:
         self.waiting = 0
 
     def release(self, name: str) -> None:
-        self._gate(name).set()
-
-    def is_open(self, name: str) -> bool:
-        return bool(self._gate(name).is_set())
+        self.gate(name).set()
 
     def wait(self, name: str, timeout_s: float) -> bool:
         """Whether the name was released in time."""
-        gate = self._gate(name)
+        gate = self.gate(name)
         self.waiting += 1
         try:
             return bool(gate.wait(timeout_s))
         finally:
             self.waiting -= 1
 
-    def _gate(self, name: str) -> Event:
+    def gate(self, name: str) -> Event:
+        """What is set when the name is released."""
         if name not in self._gates and len(self._gates) >= NAMES_MAX:
             self._gates.pop(next(iter(self._gates))).set()  # the oldest; whoever still waits for it goes on
         return self._gates.setdefault(name, Event())
