@@ -21,12 +21,11 @@ from hypothesis import strategies as st
 from playwright.sync_api import Browser
 
 from abhiapi import runtime
-from abhiapi.db import Database, database_at
-from abhiapi.migrations import migrate
+from abhiapi.db import Database
 from abhiapi.settings import Settings
-from tests import plan, raw_http
+from tests import plain_session, plan, raw_http
 from tests.browser import chromium
-from tests.harness import OPERATOR_KEY, ROOT, WEBHOOK_KEY, Books, Clock, Fal, Server
+from tests.harness import OPERATOR_KEY, ROOT, WEBHOOK_KEY, Books, Clock, Fal, Server, ready
 from tests.postgres import Postgres, shared
 from tests.raw_http import Upstream
 from tests.redis_server import RedisServer, Relay
@@ -52,6 +51,7 @@ def _read_sources(number: int) -> None:
 def pytest_configure() -> None:
     """Databases of tests are made by the thousand, and no test cuts the power: in memory, where there is enough."""
     gc.disable()  # until all is collected
+    plain_session.make_usual()
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; commands would inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if IN_MEMORY.is_dir() and os.access(IN_MEMORY, os.W_OK) and "TMPDIR" not in os.environ:
@@ -115,9 +115,7 @@ def database_url(engine: str, tmp_path: Path, request: pytest.FixtureRequest) ->
 @pytest.fixture
 def database(database_url: str) -> Database:
     """A fresh database of this version."""
-    made = database_at(database_url)
-    migrate(made)
-    return made
+    return ready(database_url)
 
 
 @pytest.fixture(scope="session")
@@ -230,6 +228,7 @@ def books(shared_server: Server) -> Books:
 def house(database_url: str, clock: Clock) -> Iterator[House]:
     """A runtime without a server whose fal says what it is told to; afterwards nothing is left open."""
     env = {"FAL_KEY": OPERATOR_KEY, "ABHIAPI_DATABASE_URL": database_url, "ABHIAPI_WEBHOOK_KEY": WEBHOOK_KEY}
+    ready(database_url)
     rt = runtime.start(Settings.from_env(env), now_ms=clock)
     rt.fal_run.close()
     rt.fal_run = fal = ScriptedFal()  # type: ignore[assignment]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import base64
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +28,7 @@ import requests
 
 from abhiapi import accounts, audit, keys, ledger, reports, serving
 from abhiapi.db import Database, Tx, database_at
+from abhiapi.db_sqlite import SqliteDatabase
 from abhiapi.migrations import migrate
 from abhiapi.money import Micros
 from tests import raw_http, warm
@@ -73,6 +78,32 @@ def in_time(condition: Callable[[], bool], *, what: str) -> None:
         return condition()
 
     until(look, what=what)
+
+
+def ready(url: str) -> Database:
+    """The database there, of this version: in a new file a copy of one that was made once."""
+    database = database_at(url)
+    if isinstance(database, SqliteDatabase) and not database.exists():
+        shutil.copy(_template(), database.path)
+    migrate(database)
+    return database
+
+
+@cache
+def _template() -> Path:
+    folder = tempfile.mkdtemp(prefix="abhiapi-template-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    made = Path(folder, "abhiapi.db")
+    migrate(database_at(f"sqlite:///{made}"))
+    return made
+
+
+def each_in_a_process(work: Callable[..., T], calls: Sequence[tuple[Any, ...]]) -> list[T]:
+    """What a function makes of each of these arguments, in four processes at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.conftest"])
+    with context.Pool(4) as pool:
+        return pool.starmap(work, calls, chunksize=1)
 
 
 def own(name: str) -> str:
@@ -298,8 +329,7 @@ class Server:
             | settings
         )
         env = {name: value for name, value in env.items() if value or name not in settings}
-        database = database_at(url)
-        migrate(database)
+        database = ready(url)
         arguments = serving.gunicorn_arguments(f"127.0.0.1:{port}", workers)
         process = Process.warm(["-m", "gunicorn", *arguments], folder / "server.log", env, cwd)
         server = cls(process, f"http://127.0.0.1:{port}", Books(database), folder, env)
@@ -319,9 +349,7 @@ class Server:
             headers["x-fal-sandbox"] = weather
         if body is None:
             body = {"prompt": "a cat", "image_size": "landscape_4_3"}
-        with requests.Session() as session:
-            session.trust_env = False  # no look at the environment: in-process commands change it beside us
-            return session.post(self.url + path, json=body, headers=headers, timeout=60, **more)
+        return requests.post(self.url + path, json=body, headers=headers, timeout=60, **more)
 
 
 def _answers(url: str, path: str, process: Process) -> bool:

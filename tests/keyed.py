@@ -13,7 +13,7 @@ from gevent.event import Event
 
 from abhiapi import admission, gateway, queue_gateway, runtime
 from abhiapi.settings import Settings
-from tests.harness import OPERATOR_KEY, WEBHOOK_KEY, Books, Clock
+from tests.harness import OPERATOR_KEY, WEBHOOK_KEY, Books, Clock, ready
 from tests.scripted import FLUX, Body, House, ScriptedFal
 
 MEGAPIXEL = 26_250
@@ -24,9 +24,11 @@ QUEUE = "/queue/fal-ai/flux/dev"
 
 def started(folder: Path, clock: Clock, url: str | None = None) -> tuple[runtime.Runtime, ScriptedFal]:
     """A serving process on the database in ``folder``, or at a URL, with one fal for calls and jobs."""
+    url = url or f"sqlite:///{folder / 'abhiapi.db'}"
+    ready(url)
     env = {
         "FAL_KEY": OPERATOR_KEY,
-        "ABHIAPI_DATABASE_URL": url or f"sqlite:///{folder / 'abhiapi.db'}",
+        "ABHIAPI_DATABASE_URL": url,
         "ABHIAPI_WEBHOOK_KEY": WEBHOOK_KEY,
     }
     rt = runtime.start(Settings.from_env(env), now_ms=clock)

@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 
 import requests
 
-from abhiapi import accounts, ids, keys, passwords, reports, runtime, users
+from abhiapi import accounts, ids, keys, reports, runtime, users
 from abhiapi.db import Tx
 from abhiapi.settings import Settings
 from abhiapi.users import User
 from abhiapi.web import create_app
 from abhiapi.web.pages import is_page
 from abhiapi.web.pages.desk import Desk, Role
+from tests import cheap_passwords
 from tests.harness import OPERATOR_KEY, Server
+from tests.plain_session import PlainSession
 
 PASSWORD = "correct horse battery"
 PROMPT = "a prompt that nobody may keep"
@@ -31,7 +33,7 @@ _TOKEN = re.compile(r'name="csrf_token" value="([^"]+)"')
 
 @cache
 def password_hash() -> str:
-    return passwords.Passwords().hashed(PASSWORD)
+    return cheap_passwords.HASHER.hash(PASSWORD)
 
 
 def new_email() -> str:
@@ -72,7 +74,7 @@ class Person:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self.session = requests.Session()
+        self.session = PlainSession()
         self.session.headers["X-Forwarded-For"] = new_address()
 
     def get(self, path: str, **more: Any) -> requests.Response:

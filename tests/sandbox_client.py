@@ -16,6 +16,7 @@ import requests
 from abhiapi import pricing
 from abhiapi.sandbox import Sandbox, create_sandbox
 from abhiapi.sandbox.server import running
+from tests.plain_session import PlainSession
 
 PRICES = """
 [[model]]
@@ -104,7 +105,7 @@ class Fal:
     def __init__(self, url: str) -> None:
         self.url = url
         self.host = url.removeprefix("http://")
-        self.session = requests.Session()
+        self.session = PlainSession()
         self.session.trust_env = False
         self.session.headers["Authorization"] = "Key id:secret"
 

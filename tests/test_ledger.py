@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,7 +12,7 @@ from abhiapi import accounts, ledger, reports
 from abhiapi.db import Database, Tx, database_at
 from abhiapi.errors import AccountSuspended, InsufficientCredits, Refused
 from abhiapi.money import MICROS_MAX, Micros
-from tests.harness import Clock
+from tests.harness import Clock, each_in_a_process
 from tests.rows import FLUX_MICROS, Customer, credit
 
 pytestmark = pytest.mark.engines
@@ -220,9 +219,7 @@ def test_four_processes_hold_exactly_what_is_there(database: Database, database_
             tx, poor.account_id, Micros(HOLDS_THAT_FIT * FLUX_MICROS), ref=None, note=None, now_ms=1
         )
     )
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
-        got = pool.starmap(_hold_25_times, [(database_url, poor.account_id)] * 4, chunksize=1)
-    assert sum(got) == HOLDS_THAT_FIT
+    assert sum(each_in_a_process(_hold_25_times, [(database_url, poor.account_id)] * 4)) == HOLDS_THAT_FIT
     assert poor.standing() == (HOLDS_THAT_FIT * FLUX_MICROS, HOLDS_THAT_FIT * FLUX_MICROS)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -14,7 +13,7 @@ from abhiapi import audit
 from abhiapi.db import Database, database_at
 from abhiapi.errors import SchemaError
 from abhiapi.migrations import STEPS, VERSION, migrate, statements
-from tests.harness import ROOT, Clock
+from tests.harness import ROOT, Clock, each_in_a_process
 from tests.rows import Customer
 
 
@@ -176,8 +175,7 @@ def test_several_processes_may_upgrade_at_once(database: Database, clock: Clock)
     """One takes the steps and keeps one copy, of the old version; the others find it done."""
     Customer.new(database, clock).settle()
     before = dump(database.path)
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
-        said = pool.map(_upgrade_in_another_process, [f"sqlite:///{database.path}"] * 8)
+    said = each_in_a_process(_upgrade_in_another_process, [(f"sqlite:///{database.path}",)] * 8)
     assert len([words for words in said if words]) >= 1
     assert version_of(database.path) == VERSION + 2
     (copy,) = database.path.parent.glob(f"*.v{VERSION}.*bak")
@@ -233,8 +231,7 @@ def _migrate_in_another_process(url: str) -> str | None:
 def test_several_processes_may_start_at_once(tmp_path: Path) -> None:
     """One creates, the others find it done."""
     url = f"sqlite:///{tmp_path / 'abhiapi.db'}"
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
-        said = pool.map(_migrate_in_another_process, [url] * 8)
+    said = each_in_a_process(_migrate_in_another_process, [(url,)] * 8)
     assert len([words for words in said if words]) == 1
     assert version_of(tmp_path / "abhiapi.db") == VERSION
 

@@ -11,6 +11,7 @@ import requests
 
 from abhiapi.web import proxy
 from tests.harness import OPERATOR_KEY, Books, Fal, Server, own, until
+from tests.plain_session import PlainSession
 
 pytestmark = pytest.mark.engines
 
@@ -24,7 +25,7 @@ class Jobs:
 
     def __init__(self, server: Server, key: str, *, dialect: str = "fal") -> None:
         self.server = server
-        self.session = requests.Session()
+        self.session = PlainSession()
         self.session.trust_env = False
         self.session.headers.update({"Authorization": f"Key {key}"} if dialect == "fal" else {"x-api-key": key})
 

@@ -21,6 +21,7 @@ from abhiapi.metering import SUBMIT_UNKNOWN, Verdict
 from abhiapi.money import Micros
 from abhiapi.settings import Settings
 from tests.harness import OPERATOR_KEY, WEBHOOK_KEY, Books, Clock, Fal, own, until
+from tests.plain_session import PlainSession
 from tests.test_queue import CAT, FLUX_MICROS
 
 pytestmark = pytest.mark.engines
@@ -61,7 +62,7 @@ def placed(
     account, key = books.account(credits)
     caller = rt.authenticate(key)
     price = rt.catalogue().price_of("fal-ai/flux/dev")
-    session = requests.Session()
+    session = PlainSession()
     session.headers.update({"Authorization": "Key x:y"} | ({"x-fal-sandbox": weather} if weather else {}))
     for _ in range(count):
         request_id = session.post(f"{fal.url}/queue/fal-ai/flux/dev", json=CAT, timeout=10).json()["request_id"]

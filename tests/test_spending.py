@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,7 +14,7 @@ from abhiapi.errors import BadRequest, InsufficientCredits, KeyLimitReached, Mod
 from abhiapi.ids import CallIds
 from abhiapi.metering import Verdict, released
 from abhiapi.money import Micros
-from tests.harness import Clock, Fal, Server
+from tests.harness import Clock, Fal, Server, each_in_a_process
 from tests.rows import FLUX_MICROS, MODEL, Customer, credit, settled
 
 pytestmark = pytest.mark.engines
@@ -227,8 +226,7 @@ def test_four_processes_at_once_get_what_the_limit_allows(customer: Customer, da
         lambda tx: spending.set_limits(tx, customer.key_id, day_limit_micros=cap, month_limit_micros=None, now_ms=now)
     )
     work = [(database_url, customer.account_id, customer.key_id, now)] * 4
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
-        assert sum(pool.starmap(_hold_50_times, work, chunksize=1)) == FITTING
+    assert sum(each_in_a_process(_hold_50_times, work)) == FITTING
     assert spent(customer) == (cap, cap)
 
 

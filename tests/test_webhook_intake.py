@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 
 import gevent
 import pytest
@@ -229,6 +230,7 @@ def test_the_operators_credential_is_not_told_to_customers(known: Desk, receiver
 
 def test_this_is_fals_page(fal: Fal) -> None:
     """The simulator's keys are read as fal's are."""
-    page = fal_keys.FalKeys(FalHost(f"{fal.url}/rest", None, timeout_s=10), Clock())
-    assert not page.have_signed(bytes(64), b"message")
-    assert len(page._keys) == 1
+    with closing(FalHost(f"{fal.url}/rest", None, timeout_s=10)) as host:
+        page = fal_keys.FalKeys(host, Clock())
+        assert not page.have_signed(bytes(64), b"message")
+        assert len(page._keys) == 1

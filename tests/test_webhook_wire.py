@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-import multiprocessing
 from pathlib import Path
 
 import pytest
 
 from abhiapi import addresses, signing, webhookwire
 from abhiapi.errors import SettingsError, WebhookUrlRefused
+from tests.harness import each_in_a_process
 
 
 @pytest.mark.parametrize(
@@ -176,8 +176,7 @@ def _public(path: str) -> bytes:
 
 def test_processes_that_start_at_once_have_one_key(tmp_path: Path) -> None:
     kept = tmp_path / "abhiapi.db.webhook-key"
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
-        found = set(pool.map(_public, [str(kept)] * 8))
+    found = set(each_in_a_process(_public, [(str(kept),)] * 8))
     assert len(found) == 1
     (file,) = tmp_path.iterdir()
     assert file.name == "abhiapi.db.webhook-key"

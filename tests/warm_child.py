@@ -32,6 +32,7 @@ from sqlalchemy.sql import Executable
 
 import abhiapi
 from abhiapi import db_sqlite, draining, pricing
+from tests import cheap_passwords
 
 fork, waitpid = monkey.get_original("os", ["fork", "waitpid"])
 plain_select = monkey.get_original("select", "select")
@@ -62,6 +63,7 @@ def load() -> None:
     for found in walk_packages(abhiapi.__path__, "abhiapi."):
         if found.name not in READ_AT_IMPORT and not found.name.endswith(".__main__"):
             import_module(found.name)
+    cheap_passwords.make_usual()
     pricing.shipped_rules()
     ours = [vars(module) for name, module in sys.modules.items() if name.startswith("abhiapi.")]
     for statement in [value for names in ours for value in names.values() if isinstance(value, Executable)]:
