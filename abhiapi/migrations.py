@@ -15,13 +15,15 @@ from contextlib import closing
 from importlib import resources
 from itertools import count
 from pathlib import Path
+from time import monotonic, sleep
 
-from abhiapi.db import CLI_PATIENCE_S, Database, database_at
+from abhiapi.db import CLI_PATIENCE_S, Busy, Database, database_at
 from abhiapi.db_sqlite import APPLICATION_ID, MOVED_ID, SqliteDatabase, translated
 from abhiapi.errors import DatabaseUnavailable, SchemaError
 from abhiapi.settings import Settings
 
 log = logging.getLogger("abhiapi")
+AGAIN_S = 0.02  # after which a file that another process writes to is asked for again
 
 Step = Callable[[sqlite3.Connection], None]
 
@@ -172,9 +174,10 @@ def statements(script: str) -> Iterator[str]:
 
 def _version(connection: sqlite3.Connection, path: Path) -> int:
     try:
+        # Asked first: whoever makes ours just now makes all of them at once, with the numbers.
+        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         application_id = connection.execute("PRAGMA application_id").fetchone()[0]
         version = int(connection.execute("PRAGMA user_version").fetchone()[0])
-        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.OperationalError):
             raise
@@ -188,7 +191,7 @@ def _version(connection: sqlite3.Connection, path: Path) -> int:
 
 
 def _create(connection: sqlite3.Connection, path: Path, schema: str, version: int) -> str | None:
-    connection.execute("PRAGMA journal_mode = WAL")
+    _keep_a_log(connection)
     connection.execute("BEGIN IMMEDIATE")
     try:
         if _version(connection, path):  # another process was faster
@@ -202,6 +205,19 @@ def _create(connection: sqlite3.Connection, path: Path, schema: str, version: in
         if connection.in_transaction:
             connection.execute("ROLLBACK")
     return f"created the database {path}"
+
+
+def _keep_a_log(connection: sqlite3.Connection) -> None:
+    """Where another process writes at that moment SQLite refuses at once, whatever the timeout: so this waits."""
+    until = monotonic() + CLI_PATIENCE_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if not isinstance(translated(error), Busy) or monotonic() > until:
+                raise
+        sleep(AGAIN_S)
 
 
 def _upgrade(

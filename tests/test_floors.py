@@ -91,6 +91,7 @@ IN_SECONDS = {
     "db_postgres",
     "db_postgres_tx",
     "http_adapter",
+    "migrations",
     "runtime",
     "worker",
     "metrics",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from abhiapi import audit
+from abhiapi import audit, migrations
 from abhiapi.db import Database, database_at
 from abhiapi.errors import SchemaError
 from abhiapi.migrations import STEPS, VERSION, migrate, statements
@@ -233,6 +233,30 @@ def test_several_processes_may_start_at_once(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'abhiapi.db'}"
     said = each_in_a_process(_migrate_in_another_process, [(url,)] * 8)
     assert len([words for words in said if words]) == 1
+    assert version_of(tmp_path / "abhiapi.db") == VERSION
+
+
+def test_what_another_process_makes_between_two_questions_is_ours(tmp_path: Path) -> None:
+    database = database_at(f"sqlite:///{tmp_path / 'abhiapi.db'}")
+
+    class Asked:
+        """A connection to what another process makes as soon as one question is answered."""
+
+        def execute(self, query: str) -> sqlite3.Cursor:
+            answer = connection.execute(query).fetchall()
+            migrate(database)
+            return connection.execute("SELECT ?", answer[0])
+
+    with closing(sqlite3.connect(tmp_path / "abhiapi.db")) as connection:
+        assert migrations._version(Asked(), tmp_path) == VERSION
+
+
+def test_who_makes_a_file_waits_for_another_who_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite itself refuses at once to change how a file is kept while another writes to it."""
+    with closing(sqlite3.connect(tmp_path / "abhiapi.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        monkeypatch.setattr(migrations, "sleep", lambda seconds: other.execute("ROLLBACK"))
+        migrate(database_at(f"sqlite:///{tmp_path / 'abhiapi.db'}"))
     assert version_of(tmp_path / "abhiapi.db") == VERSION
 
 
