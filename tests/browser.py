@@ -25,8 +25,10 @@ Scheme = Literal["light", "dark"]
 SIZES = {"phone": (390, 844), "wide": (1440, 900)}
 LOOKS: tuple[tuple[str, Scheme], ...] = (("phone", "light"), ("wide", "dark"))
 AXE_TAGS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
-_SHAPE = """[location.pathname.replace(/[\\w-]*\\d[\\w-]*/g, '#'), ...Array.from(document.querySelectorAll('body *'),
-    (one) => [one.tagName, one.className, one.role, one.tabIndex, one.id.replace(/\\d+/g, '#')].join())].join()"""
+# Which kinds of elements stand in which, however many of each.
+_SHAPE = """[location.pathname.replace(/[\\w-]*\\d[\\w-]*/g, '#'), ...new Set(Array.from(
+    document.querySelectorAll('body *'), (one) => [one.parentElement.tagName, one.tagName, one.className, one.role,
+    one.tabIndex, one.id.replace(/\\d+/g, '#')].join()))].join()"""
 _shapes: set[tuple[str, Scheme, int]] = set()  # that axe has seen in this process: it need not see them again
 
 

@@ -149,19 +149,19 @@ class Process:
     log: Path
 
     @classmethod
-    def start(
-        cls, arguments: list[str], log: Path, env: Mapping[str, str], cwd: Path = ROOT, *, prefix: Sequence[str] = ()
-    ) -> Process:
-        """Start Python with these arguments; ``prefix`` is what starts it elsewhere (`machines`)."""
-        command = [*prefix, sys.executable, *arguments]
+    def start(cls, arguments: list[str], log: Path, env: Mapping[str, str], cwd: Path = ROOT) -> Process:
+        """Start Python with these arguments."""
+        command = [sys.executable, *arguments]
         with open(log, "ab") as out:
             popen = subprocess.Popen(command, cwd=cwd, env=dict(env), stdout=out, stderr=out, start_new_session=True)
         return cls(popen, log)
 
     @classmethod
-    def warm(cls, arguments: list[str], log: Path, env: Mapping[str, str], cwd: Path = ROOT) -> Process:
-        """As `start`, as a fork of a process that has loaded gunicorn and the product."""
-        return cls(warm.start(arguments, env=env, cwd=cwd, log=log), log)
+    def warm(
+        cls, arguments: list[str], log: Path, env: Mapping[str, str], cwd: Path = ROOT, *, namespace: str = ""
+    ) -> Process:
+        """As `start`, as a fork of a process that has loaded gunicorn and the product; on another machine perhaps."""
+        return cls(warm.start(arguments, env=env, cwd=cwd, log=log, namespace=namespace), log)
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import requests
 
-from tests.harness import ROOT, START_S, Process, environment, free_port, until
+from abhiapi import serving
+from tests.harness import START_S, Process, environment, free_port, until
 
 _numbers = count(1)
 
@@ -27,10 +28,9 @@ _numbers = count(1)
 class Machine:
     """Where servers may be started. ``address`` is its own, ``outside`` is this machine's as seen from there."""
 
-    name: str
     address: str
     outside: str
-    prefix: tuple[str, ...]
+    namespace: str
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def machine() -> Iterator[Machine]:
     number = next(_numbers)
     name = f"abhi-{os.getpid()}-{number}"
     if os.geteuid() != 0 or shutil.which("ip") is None or not _ip("netns", "add", name):
-        yield Machine(name, f"127.0.1.{number}", "127.0.0.1", ())
+        yield Machine(f"127.0.1.{number}", "127.0.0.1", "")
         return
     # Four addresses of a range that nothing else uses, other ones for each test process.
     base = f"10.213.{os.getpid() % 200}.{4 * number % 252}".rsplit(".", 1)
@@ -54,7 +54,7 @@ def machine() -> Iterator[Machine]:
             ("-n", name, "link", "set", "lo", "up"),
         ):
             assert _ip(*command), command
-        yield Machine(name, inside, outside, ("ip", "netns", "exec", name))
+        yield Machine(inside, outside, name)
     finally:
         _ip("netns", "del", name)  # the wire goes with it
 
@@ -65,7 +65,7 @@ def _ip(*words: str) -> bool:
 
 @dataclass
 class Host:
-    """`abhiapi serve` with several workers on a machine: killed whole or in part, and started again."""
+    """What `abhiapi serve` starts, with several workers, on a machine: killed whole or in part, and started again."""
 
     machine: Machine
     folder: Path
@@ -88,15 +88,15 @@ class Host:
 
     @staticmethod
     def _launch(at: Machine, folder: Path, settings: Mapping[str, str], workers: int, port: int) -> Process:
-        command = ["cli.py", "serve", "--bind", f"{at.address}:{port}", "--workers", str(workers)]
-        return Process.start(command, folder / "server.log", environment(**settings), cwd=ROOT, prefix=at.prefix)
+        command = ["-m", "gunicorn", *serving.gunicorn_arguments(f"{at.address}:{port}", workers)]
+        return Process.warm(command, folder / "server.log", environment(**settings), namespace=at.namespace)
 
     @property
     def url(self) -> str:
         return f"http://{self.machine.address}:{self.port}"
 
     def wait(self) -> None:
-        until(self._answers, what=f"{self.machine.name} answers", within_s=START_S)
+        until(self._answers, what=f"{self.url} answers", within_s=START_S)
 
     def restart(self) -> None:
         """After `kill`: the same machine, a minute later."""

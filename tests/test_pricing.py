@@ -16,7 +16,7 @@ from abhiapi.estimates import Estimate, Rate
 from abhiapi.money import MICROS_MAX, Micros
 from abhiapi.pricing import Catalogue, OwnPrice, Price, PriceRule
 
-PROPERTY = settings(deadline=None, derandomize=True, max_examples=400)
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=200)
 MARGIN = Decimal("0.05")
 SHIPPED = Catalogue(pricing.shipped_rules(), (), MARGIN)
 SHIPPED_PRICES = list(SHIPPED)

@@ -328,7 +328,7 @@ _VALUES = st.one_of(
 
 
 @given(st.sampled_from(sorted(RULES)), st.dictionaries(st.sampled_from(_NAMES), _VALUES), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_no_input_is_an_accident(model: str, call_input: dict[str, Any], forced: bool) -> None:
     """Any JSON object is answered or refused in fal's shape, also where the weather skips the validation."""
     sandbox = create_sandbox(RULES.values())

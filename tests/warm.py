@@ -58,11 +58,14 @@ class Forked:
         return int(line)
 
 
-def start(arguments: list[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> Forked:
-    """Start ``python ARGUMENTS``, a module (``-m`` first) or a file; what it says goes to ``log``."""
+def start(arguments: list[str], *, env: Mapping[str, str], cwd: Path, log: Path, namespace: str = "") -> Forked:
+    """Start ``python ARGUMENTS``, a module (``-m`` first) or a file; what it says goes to ``log``.
+
+    ``namespace`` is that of a network, as `ip netns` knows it (`machines`).
+    """
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(_parent(env["PYTHONPATH"]))
-    wanted = {"arguments": arguments, "env": dict(env), "cwd": str(cwd), "log": str(log)}
+    wanted = {"arguments": arguments, "env": dict(env), "cwd": str(cwd), "log": str(log), "namespace": namespace}
     connection.sendall(json.dumps(wanted).encode() + b"\n")
     return Forked(connection)
 

@@ -16,6 +16,7 @@ monkey.patch_socket()
 monkey.patch_ssl()
 monkey.patch_select()
 
+import ctypes
 import faulthandler
 import gc
 import json
@@ -37,6 +38,7 @@ from tests import cheap_passwords
 fork, waitpid = monkey.get_original("os", ["fork", "waitpid"])
 plain_select = monkey.get_original("select", "select")
 plain_socket = monkey.get_original("socket", "socket")
+CLONE_NEWNET = 0x40000000  # linux/sched.h
 READ_AT_IMPORT = {"abhiapi.wsgi", "abhiapi.gunicorn_config"}  # of the settings: each server loads these itself
 
 
@@ -88,9 +90,11 @@ def keep(connection: socket.socket) -> None:
     connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
-def become(arguments: list[str], env: dict[str, str], cwd: str, log: str) -> None:
+def become(arguments: list[str], env: dict[str, str], cwd: str, log: str, namespace: str) -> None:
     """Go on as `python ARGUMENTS` does, in a session of its own."""
     os.setsid()
+    if namespace:
+        enter(f"/run/netns/{namespace}")
     for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)):
         opened = os.open(path, flags, 0o644)
         os.dup2(opened, number)
@@ -109,6 +113,14 @@ def become(arguments: list[str], env: dict[str, str], cwd: str, log: str) -> Non
     else:
         sys.argv = arguments
         runpy.run_path(arguments[0], run_name="__main__")
+
+
+def enter(namespace: str) -> None:
+    """Go to another network (setns(2), which Python has from 3.12 on)."""
+    opened, libc = os.open(namespace, os.O_RDONLY), ctypes.CDLL(None, use_errno=True)
+    if libc.setns(opened, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
+    os.close(opened)
 
 
 if __name__ == "__main__":
