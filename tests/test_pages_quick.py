@@ -1,4 +1,7 @@
-"""Pages stay quick and small however many calls an account has made (failures.md row 70)."""
+"""Pages stay quick and small however many calls an account has made (failures.md row 70).
+
+`pytest -s` shows for each page its milliseconds with few calls and with many, and its bytes (bench/RESULTS.md).
+"""
 
 from __future__ import annotations
 
@@ -51,6 +54,8 @@ def is_quick(customers: tuple[Person, Person], paths: tuple[str, str]) -> bool:
         best = list(map(min, best, took))
         few, many = (one // timedelta(microseconds=1) for one in best)
         if number >= TRIES_LEAST and many < SLOWER_MOST * few:
+            in_ms = " | ".join(f"{each // 1000}.{each % 1000 // 100}" for each in (few, many))
+            print(f"| `{paths[1]}` | {in_ms} | {len(customers[1].get(paths[1]).content):,} |")
             return True
     return False
 
