@@ -188,7 +188,7 @@ def test_passwords_that_everybody_guesses_are_refused(password: str, complaint: 
 def test_hashing_leaves_the_event_loop_to_the_others_and_takes_no_more_than_it_can(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(passwords, "WAITING_MAX", 12)
+    monkeypatch.setattr(passwords, "WAITING_MAX", 6)
     made, ticks = passwords.Passwords(), 0
 
     def tick() -> None:
