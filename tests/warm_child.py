@@ -8,7 +8,12 @@ simulator what `python cli.py sandbox` makes.
 # ruff: noqa: E402
 from __future__ import annotations
 
-from gevent import monkey
+from functools import cache
+from importlib import metadata
+
+metadata.entry_points = cache(metadata.entry_points)  # gevent looks for its plugins thirty times whenever it patches
+
+from gevent import events, monkey
 
 # What modules take hold of as they are loaded. The rest is patched in each worker, as usual: the master needs it bare.
 monkey.patch_thread()
@@ -66,6 +71,9 @@ def load() -> None:
         if found.name not in READ_AT_IMPORT and not found.name.endswith(".__main__"):
             import_module(found.name)
     cheap_passwords.make_usual()
+    for event in vars(events).values():
+        if group := getattr(event, "ENTRY_POINT_NAME", None):
+            metadata.entry_points(group=group)
     pricing.shipped_rules()
     ours = [vars(module) for name, module in sys.modules.items() if name.startswith("abhiapi.")]
     for statement in [value for names in ours for value in names.values() if isinstance(value, Executable)]:
