@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -48,9 +49,11 @@ def _read_sources(number: int) -> None:
     """
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Databases of tests are made by the thousand, and no test cuts the power: in memory, where there is enough."""
     gc.disable()  # until all is collected
+    if counter := _counter(config):  # it has seen what is loaded with this file
+        counter.pause()
     plain_session.make_usual()
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; commands would inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -60,13 +63,9 @@ def pytest_configure() -> None:
             tempfile.tempdir = os.environ["TMPDIR"] = str(IN_MEMORY)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes long begins first, on each process; coverage counts where `plan` says."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins first, on each process."""
     items[:] = plan.dealt(items, lambda item: item.path.stem, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-    if config.pluginmanager.hasplugin("_cov"):
-        for item in items:
-            if item.path.stem not in plan.MEASURED:
-                item.add_marker("no_cover")
 
 
 def pytest_collection_finish() -> None:
@@ -75,6 +74,24 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
     gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Coverage counts where `plan` says, from a file's first test to its last: elsewhere it would take a third more."""
+    counter = _counter(item.config)
+    if counter and not counter.started and item.path.stem in plan.MEASURED:
+        counter.resume()
+    done = yield
+    if counter and counter.started and (nextitem is None or nextitem.path.stem not in plan.MEASURED):
+        counter.pause()
+    return done
+
+
+def _counter(config: pytest.Config) -> Any:
+    """pytest-cov's, where it is asked for."""
+    plugin = config.pluginmanager.getplugin("_cov")
+    return plugin and plugin.cov_controller
 
 
 @pytest.fixture
