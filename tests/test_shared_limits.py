@@ -242,7 +242,7 @@ def test_a_redis_that_is_not_there_at_the_start_is_waited_for_without_a_call_ref
 
 def test_uploads_are_counted_by_all_processes_together(redis_server: RedisServer) -> None:
     url = redis_server.url()
-    pair = [CallLimits(Settings.from_env({"ABHIAPI_LIMITS_URL": url})) for _ in range(2)]
+    pair = [CallLimits(Settings.from_env({"ABHIAPI_LIMITS_URL": url}), timeout_s=5) for _ in range(2)]
     try:
         for number in range(300):
             pair[number % 2].allow_upload(1)
