@@ -74,13 +74,14 @@ def check_server(connection: Connection, name: str) -> None:
 
 def version_of(connection: Connection, name: str) -> int:
     """The schema's version; 0: the database is empty. Raises `SchemaError` where it is another program's."""
-    if not _number(connection, _TABLES):  # asked first: whoever makes ours just now makes all of them at once
-        return 0
-    if not _number(connection, _HAS_VERSION):
+    tables = _number(connection, _TABLES)  # counted first: whoever makes ours just now makes all of them at once
+    if _number(connection, _HAS_VERSION):  # also in another schema of the search path than new tables would go to
+        if connection.execute(_ARRIVING).fetchone() is not None:
+            raise SchemaError(f"{name} holds a ledger that has not arrived yet: run `abhiapi migrate-to` again")
+        return _number(connection, _VERSION)
+    if tables:
         raise SchemaError(f"{name} is a database of some other program; choose another ABHIAPI_DATABASE_URL")
-    if connection.execute(_ARRIVING).fetchone() is not None:
-        raise SchemaError(f"{name} holds a ledger that has not arrived yet: run `abhiapi migrate-to` again")
-    return _number(connection, _VERSION)
+    return 0
 
 
 @contextmanager

@@ -77,15 +77,13 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Coverage counts where `plan` says, from a file's first test to its last: elsewhere it would take a third more."""
     counter = _counter(item.config)
-    if counter and not counter.started and item.path.stem in plan.MEASURED:
-        counter.resume()
-    done = yield
-    if counter and counter.started and (nextitem is None or nextitem.path.stem not in plan.MEASURED):
-        counter.pause()
-    return done
+    is_measured = item.path.stem in plan.MEASURED
+    if counter and counter.started != is_measured:
+        (counter.resume if is_measured else counter.pause)()
+    return (yield)
 
 
 def _counter(config: pytest.Config) -> Any:

@@ -479,8 +479,14 @@ def test_what_another_process_makes_between_two_questions_is_ours(
             return answer
 
         monkeypatch.setattr(connection, "execute", asked)
-        assert migrations_postgres.version_of(connection, "it") == 0
         assert migrations_postgres.version_of(connection, "it") == migrations.VERSION
+
+
+def test_an_empty_schema_that_comes_first_hides_no_ledger(database_url: str) -> None:
+    """One of the user's own name does, by PostgreSQL's default: a second, empty ledger would be made in it."""
+    with raw(database_url) as other:
+        other.execute("CREATE SCHEMA AUTHORIZATION CURRENT_USER")
+    assert migrate(database_at(database_url)) is None
 
 
 def test_a_password_is_in_no_message(postgres: Postgres) -> None:

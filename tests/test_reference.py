@@ -32,7 +32,7 @@ GUIDES = ("any-client", "api", "browser", "clients", "uploads", "webhooks")
 PAGES = ("/", "/docs", "/docs/", *(f"/docs/{name}" for name in GUIDES))
 COMPRESSED_BYTES_MAX = 100_000
 MANY_MODELS = 1400
-SLOWER_MOST = 8  # times, with ten times as many models
+SLOWER_MOST = 8  # times, with ten times as many models: they are all looked through
 
 
 def page(server: Server, path: str = "/", **params: str) -> Said:
@@ -342,7 +342,7 @@ def test_files_may_be_kept_as_long_as_they_are_the_same(shared_server: Server) -
 
 
 def test_a_full_price_list_is_small_and_quick(app: Callable[..., FlaskClient]) -> None:
-    """With as many models as fal has: under 100 kB with all that the page loads, and made as fast as with a tenth."""
+    """With as many models as fal has: under 100 kB with all that the page loads, and slower in proportion at most."""
     (rule, *_) = pricing.shipped_rules()
 
     def listing(models: int) -> FlaskClient:
